@@ -1,0 +1,28 @@
+# Every command makes .venv first. PYTHON=python3.12 chooses the interpreter it is made with.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check clean
+
+demo: .venv/installed
+	@$(BIN)/twin-device demo
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+check: test .venv/checks
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@touch $@
+
+.venv/checks: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[check]'
+	@touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info
