@@ -1,0 +1,271 @@
+"""JSON merge patches (RFC 7396): merge, diff, compose, and the check against the hub's limits.
+
+A document is what JSON gives: dict with str keys, list, str, int, float, bool; None only in patches, where
+it removes a key. Limits: IoT Hub, "Understand and use device twins", tags and properties format.
+"""
+
+import json
+import sys
+
+from .errors import PatchError
+
+MAX_KEY = 1024  # bytes of UTF-8
+MAX_STRING = 4096  # bytes of UTF-8
+MAX_INTEGER = 4503599627370495
+MIN_INTEGER = -4503599627370496
+MAX_DEPTH = 10  # objects and arrays below the section
+MAX_SECTION = 32768  # bytes by the hub's own size rule, see size()
+
+
+def _no_number(word: str) -> object:
+    raise ValueError(word + " is not JSON")
+
+
+# The differences of the two json modules, in one place.
+if sys.implementation.name == "micropython":
+
+    def loads(payload: bytes) -> object:
+        return json.loads(payload.decode())
+
+    def dumps(document: object) -> str:
+        return json.dumps(document, separators=(",", ":"))
+
+else:
+    # json.loads with options builds a decoder at every call, and accepts NaN without one.
+    _decode = json.JSONDecoder(parse_constant=_no_number).decode
+    _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+
+    def loads(payload: bytes) -> object:
+        """The JSON value of UTF-8 bytes. ValueError or RuntimeError (nested too deep) if it is none."""
+        return _decode(payload.decode())
+
+    def dumps(document: object) -> str:
+        """The document as compact JSON, non-ASCII characters as they are."""
+        return _encode(document)
+
+
+def copy(value: object) -> object:
+    """The same document in dicts and lists of its own."""
+    if isinstance(value, dict):
+        return {key: copy(member) if isinstance(member, (dict, list)) else member for key, member in value.items()}
+    if isinstance(value, list):
+        return [copy(member) for member in value]
+    return value
+
+
+def merge(target: object, patch: "dict[str, object]") -> "dict[str, object]":
+    """The document that results when patch is merged into target; neither is changed.
+
+    What patch does not touch is shared with target, what it touches is new: nothing of the result is
+    shared with patch. A target that is no object counts as an empty one.
+    """
+    result = dict(target) if isinstance(target, dict) else {}
+    for key, value in patch.items():
+        if value is None:
+            result.pop(key, None)
+        elif isinstance(value, dict):
+            result[key] = merge(result.get(key), value)
+        elif isinstance(value, list):
+            result[key] = copy(value)
+        else:
+            result[key] = value
+    return result
+
+
+def same(one: object, other: object) -> bool:
+    """Equal as JSON: unlike Python's ==, true is not 1."""
+    if isinstance(one, dict):
+        if not isinstance(other, dict) or len(one) != len(other):
+            return False
+        for key, value in one.items():
+            if key not in other or not same(value, other[key]):
+                return False
+        return True
+    if isinstance(one, list):
+        if not isinstance(other, list) or len(one) != len(other):
+            return False
+        return all(same(value, other[index]) for index, value in enumerate(one))
+    return one == other and (type(one) is bool) == (type(other) is bool)
+
+
+def diff(old: "dict[str, object]", new: "dict[str, object]") -> "dict[str, object]":
+    """The smallest merge patch with merge(old, patch) == new, for documents without None."""
+    patch: "dict[str, object]" = {}
+    for key in old:
+        if key not in new:
+            patch[key] = None
+    for key, value in new.items():
+        if key not in old:
+            patch[key] = copy(value)
+            continue
+        before = old[key]
+        if isinstance(value, dict) and isinstance(before, dict):
+            inner = diff(before, value)
+            if inner:
+                patch[key] = inner
+        elif not same(before, value):
+            patch[key] = copy(value)
+    return patch
+
+
+def compose(first: "dict[str, object]", second: "dict[str, object]") -> "dict[str, object] | None":
+    """One patch that does what first and then second do; None where no single merge patch can.
+
+    An object that follows a null or a plain value replaces it, and a merge patch has no way to say
+    "replace by this object": merged into what the hub may hold there, it keeps the hub's other members.
+    """
+    result = dict(first)
+    for key, value in second.items():
+        if isinstance(value, dict) and key in result:
+            before = result[key]
+            if not isinstance(before, dict):
+                return None
+            inner = compose(before, value)
+            if inner is None:
+                return None
+            result[key] = inner
+        else:
+            result[key] = copy(value)
+    return result
+
+
+def size(value: object) -> int:
+    """Bytes of a value by the hub's size rule: keys and strings in UTF-8 without control characters,
+    8 a number, 4 a boolean, members added up, punctuation not counted."""
+    if isinstance(value, dict):
+        return sum([_text_size(key) + size(member) for key, member in value.items()])
+    if isinstance(value, list):
+        return sum([size(member) for member in value])
+    if isinstance(value, str):
+        return _text_size(value)
+    if type(value) is bool:
+        return 4
+    return 0 if value is None else 8
+
+
+def check(patch: object) -> int:
+    """Raise PatchError if the hub would refuse this patch of the reported properties.
+
+    Checked are types, keys, depth, string sizes, integer range, and nulls inside arrays; the size of the
+    section is the business of check_section, since it depends on what is there already. Returns an upper
+    bound of size(patch), in bytes.
+    """
+    if not isinstance(patch, dict):
+        raise PatchError("", "a patch is a JSON object (dict)", _type_name(patch))
+    return _check_object(patch, [], 0, False)
+
+
+def check_section(section: object, patch: object) -> None:
+    """Raise PatchError if a whole section, as it would be after patch, is larger than the hub allows."""
+    total = size(section)
+    if total > MAX_SECTION:
+        largest = ""
+        most = -1
+        for key, value in patch.items() if isinstance(patch, dict) else ():
+            if size(value) > most:
+                largest, most = key, size(value)
+        raise PatchError(largest, "all reported properties together are at most 32768 bytes", total)
+
+
+def _check_object(value: "dict[str, object]", path: "list[object]", depth: int, in_array: bool) -> int:
+    if depth > MAX_DEPTH:
+        raise PatchError(_text(path), "objects and arrays nest at most 10 deep", depth)
+    total = 0
+    for key, member in value.items():
+        path.append(key)
+        total += _check_key(key, path) + _check_value(member, path, depth, in_array)
+        path.pop()
+    return total
+
+
+def _check_value(value: object, path: "list[object]", depth: int, in_array: bool) -> int:
+    kind = type(value)
+    if kind is str:
+        try:
+            count = len(_utf8(value))  # type: ignore[arg-type]  # mypy does not narrow by type()
+        except ValueError:
+            raise PatchError(_text(path), "a string must be valid Unicode (no lone surrogate)")
+        if count > MAX_STRING:
+            raise PatchError(_text(path), "a string is at most 4096 bytes of UTF-8", count)
+        return count
+    if kind is bool:
+        return 4
+    if kind is int:
+        if not MIN_INTEGER <= value <= MAX_INTEGER:  # type: ignore[operator]  # as above
+            raise PatchError(_text(path), "an integer is from -4503599627370496 to 4503599627370495", value)
+        return 8
+    if kind is float:
+        if value - value != 0:  # type: ignore[operator]  # as above; true for NaN and both infinities
+            raise PatchError(_text(path), "a number must be finite", value)
+        return 8
+    if value is None:
+        if in_array:
+            raise PatchError(_text(path), "null removes a key and has no meaning inside an array")
+        return 0
+    if kind is dict:
+        return _check_object(value, path, depth + 1, in_array)  # type: ignore[arg-type]  # as above
+    if kind is list:
+        if depth + 1 > MAX_DEPTH:
+            raise PatchError(_text(path), "objects and arrays nest at most 10 deep", depth + 1)
+        total = 0
+        for index, member in enumerate(value):  # type: ignore[arg-type,var-annotated]  # as above
+            path.append(index)
+            total += _check_value(member, path, depth + 1, True)
+            path.pop()
+        return total
+    raise PatchError(_text(path), "a value is a dict, list, str, int, float, bool or None", _type_name(value))
+
+
+def _check_key(key: object, path: "list[object]") -> int:
+    if type(key) is not str:
+        raise PatchError(_text(path), "a key is a str", _type_name(key))
+    try:
+        count = len(_utf8(key))
+    except ValueError:
+        raise PatchError(_text(path), "a key must be valid Unicode (no lone surrogate)")
+    if count > MAX_KEY:
+        raise PatchError(_text(path), "a key is at most 1024 bytes of UTF-8", count)
+    if not key.isalpha():
+        for character in key:
+            if character in ".$# " or character < " " or "\x7f" <= character <= "\x9f":
+                raise PatchError(_text(path), "a key has no control character, space, '.', '$' or '#'")
+    return count
+
+
+def _utf8(text: str) -> bytes:
+    data = text.encode()
+    # CPython refuses a lone surrogate by itself, MicroPython writes it as three bytes that are no UTF-8.
+    at = data.find(b"\xed")
+    while at >= 0:
+        if data[at + 1] >= 0xA0:
+            raise ValueError("lone surrogate")
+        at = data.find(b"\xed", at + 1)
+    return data
+
+
+def _text_size(text: str) -> int:
+    count = len(text.encode())
+    for character in text:
+        if character < " " or character == "\x7f":
+            count -= 1
+        elif "\x80" <= character <= "\x9f":
+            count -= 2
+    return count
+
+
+def _text(path: "list[object]") -> str:
+    text = ""
+    for part in path:
+        if type(part) is int:
+            text += "[" + str(part) + "]"
+        else:
+            # A key may be what is wrong: shown so that an error stays one readable line.
+            name = part if type(part) is str else repr(part)
+            if len(name) > 64:
+                name = name[:61] + "..."
+            text += ("." if text else "") + name
+    return text
+
+
+def _type_name(value: object) -> str:
+    return type(value).__name__

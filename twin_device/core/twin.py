@@ -1,0 +1,782 @@
+"""The state machine of a correct twin client: inputs in, ordered outputs out, no I/O.
+
+    state         input                        next state     outputs
+    ------------  ---------------------------  -------------  ---------------------------------------------
+    offline       start, tick when it is time  offline        Connect
+    offline       connected                    subscribing    Subscribe
+    offline       refused, disconnected        offline        Failed where only a person can help
+    subscribing   subscribed, all granted      retrieving     Publish (retrieve)
+    subscribing   subscribed, one refused      offline        Disconnect, Failed
+    subscribing   notification                 subscribing    none; it is kept
+    retrieving    notification                 retrieving     none; it is kept
+    retrieving    document                     synchronised   DesiredChanged, Publish (report)
+    synchronised  notification, next version   synchronised   DesiredChanged
+    synchronised  notification, old version    synchronised   none; it is discarded
+    synchronised  notification, a gap          retrieving     Publish (retrieve)
+    any but offline  disconnected              offline        none
+    any but offline  two answers lost in a row offline        Disconnect
+    any but offline  renewal due               offline        Disconnect, Connect
+    any           stop                         offline        Disconnect
+
+Every change of state gives a StateChanged as well. Times are integers in milliseconds of a clock that only
+goes forward; jitter is a number from 0.0 to below 1.0, drawn anew for every input that takes one. After
+each input the shell performs the outputs in their order, then arranges for tick() at `deadline`.
+"""
+
+from collections import namedtuple
+
+from .errors import ConnectRefused, LocalError, NotConnected, RemoteError, ReportRejected, RetrieveRejected
+from .patch import check, check_section, compose, copy, diff, dumps, loads, merge, same, size
+from .patch import MAX_SECTION
+from .topics import DESIRED, FILTERS, RESPONSE, parse, report_topic, retrieve_topic
+
+OFFLINE = "offline"
+SUBSCRIBING = "subscribing"
+RETRIEVING = "retrieving"
+SYNCHRONISED = "synchronised"
+
+# Outputs for MQTT.
+# Connect: dial and send CONNECT; answer with connected(), refused() or disconnected().
+Connect = namedtuple("Connect", ())
+# Disconnect: end this connection; the machine is offline already and wants no answer.
+Disconnect = namedtuple("Disconnect", ())
+# Subscribe: one SUBSCRIBE packet with all filters (tuple of str), QoS 0; answer with subscribed().
+Subscribe = namedtuple("Subscribe", ("filters",))
+# Publish: topic (str), payload (bytes), QoS 0, no retain.
+Publish = namedtuple("Publish", ("topic", "payload"))
+
+# Outputs for the app.
+# StateChanged: old and new state (str).
+StateChanged = namedtuple("StateChanged", ("old", "new"))
+# DesiredChanged: merge patch (dict, the receiver's own) and the desired properties after it (dict, shared:
+# never to be changed).
+DesiredChanged = namedtuple("DesiredChanged", ("patch", "desired"))
+# Reported: the end of the report with this ticket: version (int, or None if the hub gave none) or error.
+Reported = namedtuple("Reported", ("ticket", "version", "error"))
+# Retrieved: the end of the retrieve with this ticket: {"desired": ..., "reported": ...} or error.
+Retrieved = namedtuple("Retrieved", ("ticket", "twin", "error"))
+# Failed: an error (TwinError) that belongs to no call of the app.
+Failed = namedtuple("Failed", ("error",))
+
+# Milliseconds. IoT Hub's own recommendation for clients: from 1 s to 100 s (Azure SDK for Embedded C,
+# MQTT state machine).
+_BACKOFF = 1000
+_BACKOFF_CAP = 100000
+# Refused credentials, a used-up quota: nothing that seconds can mend.
+_SLOW = 60000
+_SLOW_CAP = 900000
+_STABLE = 60000
+_CONNECT_TIMEOUT = 60000  # the hub delays CONNACK when it is throttled
+
+_MAX_KEPT = 64  # notifications kept before the document
+_MAX_PARTS = 32  # reports kept apart, so that a refusal hits only the one that earned it
+_MAX_QUEUE = 1024
+
+# A gathered report: _PATCH (dict), _TICKET (int, or None for what the machine itself restores), _VERSION
+# (int or None), _ALONE (bool: sent as it is, not as a part of a difference), _TRIES (0: never sent, 1: sent
+# and not known to be answered, 2: refused with 412 after that).
+_PATCH = 0
+_TICKET = 1
+_VERSION = 2
+_ALONE = 3
+_TRIES = 4
+
+
+class Twin:
+    """One device's twin, as the device sees it.
+
+    timeout: milliseconds after which a request is given up and asked again.
+    request_id: int, the first `$rid`; drawn by chance, so that a late answer to an earlier process on a
+    resumed session does not look like an answer to this one.
+    keep_reported: False keeps no copy of the reported properties (boards): reports that do not compose go
+    out one after another, and one that changes nothing is sent all the same.
+    desired, reported: what a store kept of an earlier run; both are taken over, not copied.
+    """
+
+    def __init__(
+        self,
+        timeout: int = 20000,
+        request_id: int = 1,
+        keep_reported: bool = True,
+        desired: "dict[str, object] | None" = None,
+        reported: "dict[str, object] | None" = None,
+    ) -> None:
+        self.state = OFFLINE
+        self.desired: "dict[str, object]" = {} if desired is None else desired
+        self.desired_version: "int | None" = None
+        # What the hub is known to hold; None until the first document, and always without keep_reported.
+        self.reported = reported
+        self.reported_version: "int | None" = None
+        self.statistics: "dict[str, object]" = {
+            "connects": 0,
+            "retrieves": 0,
+            "notifications": 0,
+            "stale": 0,
+            "gaps": 0,
+            "reports": 0,
+            "coalesced": 0,
+            "rejected": 0,
+            "throttled": 0,
+            "ignored": 0,
+            "last_error": None,
+        }
+        self._timeout = timeout
+        self._request = request_id
+        self._keep_reported = keep_reported
+        self._ticket = 0
+        self._running = False
+        # Offline: when to connect; None while a connection is being made, or not wanted.
+        self._connect_at: "int | None" = None
+        # When to give up the CONNECT or the SUBSCRIBE that is under way.
+        self._wait: "int | None" = None
+        self._connect_tries = 0
+        self._lost = 0
+        self._stable_at: "int | None" = None
+        self._renew_at: "int | None" = None
+        # Retrieving: its request id and deadline while one is in flight, else when to send one.
+        self._get: "str | None" = None
+        self._get_wait = 0
+        self._get_at: "int | None" = None
+        self._get_tries = 0
+        self._get_version: "int | None" = None
+        self._askers: "list[int]" = []
+        self._next_askers: "list[int]" = []
+        self._kept: "list[list[object]]" = []
+        self._again = False
+        # Reporting: the request id, patch and parts in flight, and what is gathered meanwhile.
+        self._flight: "str | None" = None
+        self._flight_patch: "dict[str, object]" = {}
+        self._flight_parts: "list[list[object]]" = []
+        self._flight_wait = 0
+        self._report_at = 0
+        self._report_tries = 0
+        self._queue: "list[list[object]]" = []
+        # True once a document of this connection has told what the hub holds.
+        self._known = False
+        # True if a report was answered since the retrieve in flight was sent.
+        self._moved = False
+        self._bound: "int | None" = None
+
+    # ------------------------------------------------------------------ what the shell asks
+
+    @property
+    def deadline(self) -> "int | None":
+        """When tick() has something to do, in milliseconds; None if only another input can change anything."""
+        if self.state == OFFLINE:
+            return self._connect_at if self._wait is None else self._wait
+        if self.state == SUBSCRIBING:
+            return self._wait
+        times = []
+        if self._get is not None:
+            times.append(self._get_wait)
+        elif self._get_at is not None:
+            times.append(self._get_at)
+        if self._flight is not None:
+            times.append(self._flight_wait)
+        elif self._queue and self._known:
+            times.append(self._report_at)
+        if self._renew_at is not None and self._flight is None and self._get is None:
+            times.append(self._renew_at)
+        return min(times) if times else None
+
+    @property
+    def target(self) -> "dict[str, object]":
+        """What the app wants reported: the known reported properties and every report not answered yet."""
+        target: "dict[str, object]" = self.reported or {}
+        for part in self._flight_parts + self._queue:
+            target = merge(target, part[_PATCH])  # type: ignore[arg-type]  # a part's patch is a dict
+        return target
+
+    @property
+    def outstanding(self) -> bool:
+        """True while a report is gathered or in flight."""
+        return bool(self._queue or self._flight is not None)
+
+    # ------------------------------------------------------------------ inputs: the connection
+
+    def start(self, now: int) -> "list[object]":
+        """Want a connection from now on. Does nothing if it is wanted already."""
+        out: "list[object]" = []
+        if not self._running:
+            self._running = True
+            self._connect_tries = 0
+            self._dial(now, out)
+        return out
+
+    def stop(self) -> "list[object]":
+        """Want no connection any more. What is gathered stays, for the next start()."""
+        out: "list[object]" = []
+        if self._running:
+            self._running = False
+            out.append(Disconnect())
+            self._leave(out)
+            self._connect_at = self._wait = None
+        return out
+
+    def abandon(self) -> "list[object]":
+        """Give up everything that is gathered or asked: each ticket ends in NotConnected."""
+        error = NotConnected("the client was closed before the hub answered")
+        out: "list[object]" = []
+        for part in self._flight_parts + self._queue:
+            if part[_TICKET] is not None:
+                out.append(Reported(part[_TICKET], None, error))
+        for ticket in self._askers + self._next_askers:
+            out.append(Retrieved(ticket, None, error))
+        self._flight = None
+        self._queue, self._flight_parts, self._askers, self._next_askers = [], [], [], []
+        return out
+
+    def connected(self, now: int, jitter: float, lifetime: "int | None" = None) -> "list[object]":
+        """CONNACK accepted. Whether the hub kept a session does not matter.
+
+        lifetime: milliseconds until the credentials of this connection expire, None if they do not. The
+        machine reconnects after 80 % to 85 % of it, as soon as nothing is in flight.
+        """
+        out: "list[object]" = []
+        if self.state != OFFLINE or not self._running:
+            return out
+        self._count("connects")
+        self._lost = 0
+        self._stable_at = None
+        self._renew_at = None if lifetime is None else now + int(lifetime * (0.80 + 0.05 * jitter))
+        self._connect_at = None
+        self._kept, self._again = [], False
+        self._known = self._moved = False
+        self._get_at, self._get_tries = None, 0
+        self._report_at, self._report_tries = now, 0
+        self._enter(SUBSCRIBING, out)
+        self._wait = now + self._timeout
+        out.append(Subscribe(FILTERS))
+        return out
+
+    def refused(self, return_code: int, now: int, jitter: float) -> "list[object]":
+        """CONNACK with an MQTT 3.1.1 return code other than 0."""
+        if return_code == 3:
+            return self.disconnected(now, jitter, ConnectRefused("the hub is unavailable (CONNACK 3)"))
+        if return_code in (4, 5):
+            why = (
+                "the hub refused the credentials (CONNACK "
+                + str(return_code)
+                + "): check the key and the clock, and that the identity exists and is enabled"
+            )
+        else:
+            why = "the hub refused the connection (CONNACK " + str(return_code) + ")"
+        return self.disconnected(now, jitter, ConnectRefused(why, False))
+
+    def disconnected(self, now: int, jitter: float, error: "Exception | None" = None) -> "list[object]":
+        """The connection was lost, or could not be made. error: why, where that is known."""
+        out: "list[object]" = []
+        if self._running and (self.state != OFFLINE or self._connect_at is None):
+            self._lose(now, jitter, error, out)
+        return out
+
+    def subscribed(self, granted: "tuple[int, ...]", now: int, jitter: float) -> "list[object]":
+        """SUBACK: one return code a filter, 0x80 for a refused one (MQTT 3.1.1, 3.9.3)."""
+        out: "list[object]" = []
+        if self.state == SUBSCRIBING:
+            if len(granted) != len(FILTERS) or max(granted) >= 0x80:
+                text = "the hub refused a subscription (SUBACK " + str(list(granted)) + "): is it a Basic tier hub?"
+                error = ConnectRefused(text, False)
+                out.append(Disconnect())
+                self._lose(now, jitter, error, out)
+            else:
+                self._wait = None
+                self._lost = 0
+                self._enter(RETRIEVING, out)
+                self._get_at = now
+                self._flow(now, out)
+        return out
+
+    def tick(self, now: int, jitter: float) -> "list[object]":
+        """Time has passed. Does nothing before `deadline`."""
+        out: "list[object]" = []
+        if self.state == OFFLINE:
+            if self._wait is not None and now >= self._wait:
+                out.append(Disconnect())
+                self._lose(now, jitter, ConnectRefused("the hub did not answer CONNECT in time"), out)
+            elif self._connect_at is not None and now >= self._connect_at:
+                self._dial(now, out)
+            return out
+        if self.state == SUBSCRIBING:
+            if self._wait is not None and now >= self._wait and not self._give_up("SUBSCRIBE", now, jitter, out):
+                self._wait = now + self._timeout
+                out.append(Subscribe(FILTERS))
+            return out
+        if self._get is not None and now >= self._get_wait:
+            self._get = None
+            self._get_at = now
+            if self._give_up("a retrieve", now, jitter, out):
+                return out
+        if self._flight is not None and now >= self._flight_wait:
+            self._requeue()
+            if self._give_up("a report", now, jitter, out):
+                return out
+        self._flow(now, out)
+        return out
+
+    # ------------------------------------------------------------------ inputs: messages
+
+    def message_received(self, topic: str, payload: bytes, now: int, jitter: float) -> "list[object]":
+        """A PUBLISH of the hub. Topics that are not the twin's, and answers nobody waits for, change nothing."""
+        out: "list[object]" = []
+        where = parse(topic)
+        if where is None or self.state == OFFLINE:
+            return out
+        if where.kind == DESIRED:
+            self._notified(where.version, payload, now, jitter, out)
+        elif where.kind == RESPONSE and where.request_id is not None:
+            if where.request_id == self._get:
+                self._get = None
+                self._lost = 0
+                self._retrieved(where, payload, now, jitter, out)
+            elif where.request_id == self._flight:
+                self._flight = None
+                self._lost = 0
+                self._answered(where, payload, now, jitter, out)
+            else:
+                self._count("ignored")
+        return out
+
+    # ------------------------------------------------------------------ inputs: the app
+
+    def report(
+        self, patch: "dict[str, object]", now: int, version: "int | None" = None, always: bool = False
+    ) -> "tuple[int, list[object]]":
+        """Have a merge patch of the reported properties brought to the hub.
+
+        Returns its ticket and the outputs; Reported with that ticket tells the end. Reports that coalesced
+        may share a ticket. version: the reported version that the hub must be at, else status 412. always:
+        send it even if it changes nothing. PatchError: the hub would refuse it; nothing was changed.
+        LocalError: too much is gathered already.
+        """
+        bound = check(patch)
+        alone = always or version is not None
+        if self._keep_reported:
+            # The exact size of the target is looked at only once the bound says that it could be too much.
+            bound += size(self.target) if self._bound is None else self._bound
+            if bound > MAX_SECTION:
+                target = merge(self.target, patch)
+                check_section(target, patch)
+                bound = size(target)
+        if len(self._queue) >= _MAX_QUEUE:
+            raise LocalError("too many reports are gathered that cannot be joined; wait for their answers")
+        self._bound = bound
+        out: "list[object]" = []
+        last = self._queue[-1] if self._queue else None
+        # A part that has no ticket restores what was reported before: it stays apart.
+        if len(self._queue) >= _MAX_PARTS and not alone and last and not last[_ALONE] and last[_TICKET] is not None:
+            joined = compose(last[_PATCH], patch)  # type: ignore[arg-type]  # a part's patch is a dict
+            if joined is None and self.reported is not None:
+                target = self.target
+                del self._queue[-1]
+                joined = diff(self.target, merge(target, patch))
+                self._queue.append(last)
+            if joined is not None:
+                last[_PATCH] = joined
+                self._count("coalesced")
+                return last[_TICKET], out  # type: ignore[return-value]  # not None, see above
+        self._ticket += 1
+        ticket = self._ticket
+        self._queue.append([copy(patch), ticket, version, alone, 0])
+        self._flow(now, out)
+        return ticket, out
+
+    def retrieve(self, now: int) -> "tuple[int, list[object]]":
+        """Ask the hub for the twin as it is from now on. Returns a ticket; Retrieved with it tells the end."""
+        out: "list[object]" = []
+        self._ticket += 1
+        self._next_askers.append(self._ticket)
+        ticket = self._ticket
+        if self._known:
+            self._flow(now, out)
+        return ticket, out
+
+    # ------------------------------------------------------------------ the connection
+
+    def _count(self, name: str, by: int = 1) -> None:
+        self.statistics[name] += by  # type: ignore[operator]  # all but last_error are integers
+
+    def _note(self, error: object) -> None:
+        self.statistics["last_error"] = str(error)
+
+    def _fail(self, error: Exception, out: "list[object]") -> None:
+        self._note(error)
+        out.append(Failed(error))
+
+    def _enter(self, state: str, out: "list[object]") -> None:
+        if state != self.state:
+            out.append(StateChanged(self.state, state))
+            self.state = state
+
+    def _dial(self, now: int, out: "list[object]") -> None:
+        self._connect_at = None
+        self._wait = now + _CONNECT_TIMEOUT
+        out.append(Connect())
+
+    def _leave(self, out: "list[object]") -> None:
+        # The answers of this connection will not come: what was asked is asked again on the next one.
+        self._get = None
+        self._requeue()
+        self._known = False
+        self._renew_at = None
+        self._enter(OFFLINE, out)
+
+    def _lose(self, now: int, jitter: float, error: "Exception | None", out: "list[object]") -> None:
+        if self._stable_at is not None and now >= self._stable_at:
+            self._connect_tries = 0
+        self._stable_at = None
+        permanent = isinstance(error, ConnectRefused) and not error.can_retry
+        self._leave(out)
+        self._wait = None
+        if permanent:
+            self._connect_at = now + _half_jitter(_SLOW, _SLOW_CAP, self._connect_tries, jitter)
+        else:
+            # Full jitter: clients that lost the same hub must not come back together.
+            self._connect_at = now + int(jitter * min(_BACKOFF_CAP, _BACKOFF << min(self._connect_tries, 10)))
+        self._connect_tries += 1
+        if permanent:
+            self._fail(error, out)  # type: ignore[arg-type]  # permanent says that it is an error
+        elif error is not None:
+            self._note(error)
+
+    def _give_up(self, what: str, now: int, jitter: float, out: "list[object]") -> bool:
+        # The first lost answer may be the hub's, the second in a row says that the connection is dead.
+        self._lost += 1
+        if self._lost < 2:
+            return False
+        out.append(Disconnect())
+        self._lose(now, jitter, RemoteError("the hub did not answer " + what + ", twice in a row"), out)
+        return True
+
+    # ------------------------------------------------------------------ desired properties
+
+    def _ask(self, now: int, jitter: float) -> None:
+        """Retrieve again: at once the first time, then ever more slowly until something goes right."""
+        if self._get_at is None:
+            self._get_at = now
+            if self._get_tries:
+                self._get_at += _half_jitter(_BACKOFF, _BACKOFF_CAP, self._get_tries - 1, jitter)
+            self._get_tries += 1
+
+    def _notified(
+        self, topic_version: "int | None", payload: bytes, now: int, jitter: float, out: "list[object]"
+    ) -> None:
+        try:
+            patch = loads(payload)
+            if not isinstance(patch, dict):
+                raise ValueError("no JSON object")
+            # The body's $version counts; the topic's stands in only where the body has none.
+            version = patch.get("$version", topic_version)
+            for key in list(patch):
+                if key.startswith("$"):
+                    del patch[key]
+            if self.state == SYNCHRONISED and type(version) is int:
+                if version <= self.desired_version:  # type: ignore[operator]  # synchronised: there is one
+                    self._count("stale")
+                    return
+                if version == self.desired_version + 1:  # type: ignore[operator]  # as above
+                    self.desired = merge(self.desired, patch)
+                    self.desired_version = version
+                    self._get_tries = 0
+                    self._count("notifications")
+                    out.append(DesiredChanged(patch, self.desired))
+                    return
+        except (ValueError, RuntimeError):
+            self._fail(RemoteError("a desired notification is no JSON object; the twin is retrieved again"), out)
+            patch = version = None
+        if patch is not None and type(version) is int and len(self._kept) < _MAX_KEPT:
+            self._kept.append([version, patch, False])
+        elif self._get is not None:
+            # The document that is on its way may be older than what cannot be kept.
+            self._again = True
+        if self.state == SYNCHRONISED:
+            self._count("gaps")
+            self._enter(RETRIEVING, out)
+            if self._get is None:
+                self._ask(now, jitter)
+                self._flow(now, out)
+
+    def _retrieved(self, where: object, payload: bytes, now: int, jitter: float, out: "list[object]") -> None:
+        status = where.status  # type: ignore[attr-defined]  # a Topic; namedtuples of collections have no type
+        if not 200 <= status < 300:
+            self._retrieve_refused(where, payload, now, jitter, out)
+            return
+        try:
+            twin = loads(payload)
+            if isinstance(twin, dict) and "desired" not in twin and isinstance(twin.get("properties"), dict):
+                twin = twin["properties"]
+            desired, version = _section(twin, "desired")
+            reported, reported_version = _section(twin, "reported")
+            if version is None:
+                raise ValueError("no $version")
+        except (ValueError, RuntimeError):
+            self._fail(RemoteError("the retrieved twin is no JSON object with desired and reported properties"), out)
+            self._ask(now, jitter)
+            self._flow(now, out)
+            return
+        for ticket in self._askers:
+            out.append(Retrieved(ticket, {"desired": copy(desired), "reported": copy(reported)}, None))
+        self._askers = []
+        if self.state == SYNCHRONISED:
+            # An older document than the one it was asked at: the twin was deleted and created again. One that
+            # a notification has overtaken meanwhile says nothing new.
+            if version >= self.desired_version or version < self._get_version:  # type: ignore[operator]  # has one
+                self._adopt(desired, version, now, jitter, out)
+        else:
+            self._adopt(desired, version, now, jitter, out)
+        if not self._known or (not self._moved and self._flight is None):
+            self._reconcile(reported, reported_version, out)
+            self._known = True
+        self._flow(now, out)
+
+    def _retrieve_refused(self, where: object, payload: bytes, now: int, jitter: float, out: "list[object]") -> None:
+        status, retry_after = where.status, where.retry_after  # type: ignore[attr-defined]  # a Topic
+        code, tracking_id, message = _explained(payload)
+        delay = _retry_delay(status, code, self._get_tries, jitter)
+        if delay is None:
+            error = RetrieveRejected(status, code, tracking_id, message)
+            for ticket in self._askers:
+                out.append(Retrieved(ticket, None, error))
+            self._askers = []
+            self._fail(error, out)
+            delay = _half_jitter(_SLOW, _SLOW_CAP, self._get_tries, jitter)
+        else:
+            self._count("throttled")
+            self._note("status " + str(status) + " to a retrieve")
+        self._get_tries += 1
+        if self.state == RETRIEVING or self._askers:
+            self._get_at = now + max(delay, (retry_after or 0) * 1000)
+        self._flow(now, out)
+
+    def _adopt(
+        self, desired: "dict[str, object]", version: int, now: int, jitter: float, out: "list[object]"
+    ) -> None:
+        """The document is the truth. The app gets one change: from what it was last given to this."""
+        gap = []
+        # By version only: sort() would go on to compare the patches.
+        self._kept.sort(key=lambda kept: kept[0])  # type: ignore[arg-type,return-value]  # versions are integers
+        for kept in self._kept:
+            if kept[0] == version + 1:
+                try:
+                    desired = merge(desired, kept[1])  # type: ignore[arg-type]  # kept[1] is a dict
+                except RuntimeError:
+                    self._again = True
+                    continue
+                version += 1
+                self._count("notifications")
+            elif kept[0] <= version or kept[2]:  # type: ignore[operator]  # versions are integers
+                # Old; or a second document in a row does not know it: no such version was ever written.
+                self._count("stale")
+            else:
+                kept[2] = True
+                gap.append(kept)
+        self._kept = gap
+        change = diff(self.desired, desired)
+        self.desired = desired
+        self.desired_version = version
+        if change:
+            out.append(DesiredChanged(change, desired))
+        if gap or self._again:
+            self._again = False
+            if gap:
+                self._count("gaps")
+            self._enter(RETRIEVING, out)
+            self._ask(now, jitter)
+        else:
+            self._get_tries = 0
+            self._get_at = None
+            if self._stable_at is None:
+                self._stable_at = now + _STABLE
+            self._enter(SYNCHRONISED, out)
+
+    # ------------------------------------------------------------------ reported properties
+
+    def _reconcile(
+        self, reported: "dict[str, object]", version: "int | None", out: "list[object]"
+    ) -> None:
+        """What the hub holds is known now; what it lost of the target is put first in the queue."""
+        self.reported_version = version
+        if not self._keep_reported:
+            return
+        before = self.reported
+        self._bound = None
+        for part in self._queue[:1]:
+            # A conditional report whose answer was lost: only the document can tell whether it was applied.
+            if part[_VERSION] is not None and part[_TRIES] and (version != part[_VERSION] or part[_TRIES] == 2):
+                patch: "dict[str, object]" = part[_PATCH]  # type: ignore[assignment]  # a part's patch is a dict
+                del self._queue[0]
+                if same(merge(reported, patch), reported):
+                    if before is not None:
+                        before = merge(before, patch)
+                    out.append(Reported(part[_TICKET], version, None))
+                else:
+                    self._count("rejected")
+                    error = ReportRejected(412, message="the reported version is " + str(version))
+                    out.append(Reported(part[_TICKET], None, error))
+        if before is not None:
+            restore = diff(reported, before)
+            if restore:
+                self._queue.insert(0, [restore, None, None, False, 0])
+        self.reported = reported
+
+    def _requeue(self) -> None:
+        for part in self._flight_parts:
+            part[_TRIES] = max(part[_TRIES], 1)  # type: ignore[type-var]  # an integer
+        self._queue = self._flight_parts + self._queue
+        self._flight_parts = []
+        self._flight = None
+
+    def _flow(self, now: int, out: "list[object]") -> None:
+        """Send whatever may go now: at most one retrieve and one report are in flight."""
+        if self.state != RETRIEVING and self.state != SYNCHRONISED:
+            return
+        renewing = self._renew_at is not None and now >= self._renew_at
+        if self._get is None and not renewing:
+            if self._next_askers and self._known and self._get_at is None:
+                self._get_at = now
+            if self._get_at is not None and now >= self._get_at:
+                self._get_at = None
+                self._askers += self._next_askers
+                self._next_askers = []
+                self._get = self._next_request()
+                self._get_wait = now + self._timeout
+                self._get_version = self.desired_version
+                self._moved = False
+                self._count("retrieves")
+                out.append(Publish(retrieve_topic(self._get), b""))
+        if self._flight is None and self._known and self._queue and not renewing and now >= self._report_at:
+            self._send_report(now, out)
+        if renewing and self._flight is None and self._get is None:
+            # Planned: no backoff, and no attempt that counts.
+            self._connect_tries = 0
+            out.append(Disconnect())
+            self._leave(out)
+            self._dial(now, out)
+
+    def _next_request(self) -> str:
+        self._request += 1
+        return str(self._request)
+
+    def _send_report(self, now: int, out: "list[object]") -> None:
+        while self._queue:
+            parts, patch = self._next_patch()
+            del self._queue[: len(parts)]
+            if patch is None:
+                for part in parts:
+                    if part[_TICKET] is not None:
+                        out.append(Reported(part[_TICKET], self.reported_version, None))
+                continue
+            self._flight = self._next_request()
+            self._flight_patch, self._flight_parts = patch, parts
+            self._flight_wait = now + self._timeout
+            self._count("reports")
+            self._count("coalesced", len(parts) - 1)
+            version: "int | None" = parts[0][_VERSION]  # type: ignore[assignment]  # of a part that is alone
+            out.append(Publish(report_topic(self._flight, version), dumps(patch).encode()))
+            return
+
+    def _next_patch(self) -> "tuple[list[list[object]], dict[str, object] | None]":
+        """The parts at the head of the queue that go out together, and their patch; None: nothing changes."""
+        first = self._queue[0]
+        patch: "dict[str, object] | None" = first[_PATCH]  # type: ignore[assignment]  # a part's patch is a dict
+        if first[_ALONE]:
+            return [first], patch
+        parts = [first]
+        if self.reported is None or not self._keep_reported:
+            for part in self._queue[1:]:
+                joined = None if part[_ALONE] else compose(patch, part[_PATCH])  # type: ignore[arg-type]  # as above
+                if joined is None:
+                    break
+                patch = joined
+                parts.append(part)
+            return parts, patch
+        target = merge(self.reported, patch)  # type: ignore[arg-type]  # as above
+        for part in self._queue[1:]:
+            if part[_ALONE]:
+                break
+            target = merge(target, part[_PATCH])  # type: ignore[arg-type]  # as above
+            parts.append(part)
+        return parts, diff(self.reported, target) or None
+
+    def _answered(self, where: object, payload: bytes, now: int, jitter: float, out: "list[object]") -> None:
+        status, version = where.status, where.version  # type: ignore[attr-defined]  # a Topic
+        parts, self._flight_parts = self._flight_parts, []
+        if 200 <= status < 300:
+            if self._keep_reported:
+                self.reported = merge(self.reported, self._flight_patch)
+            self.reported_version = version
+            self._report_tries = 0
+            self._moved = True
+            for part in parts:
+                if part[_TICKET] is not None:
+                    out.append(Reported(part[_TICKET], version, None))
+        else:
+            code, tracking_id, message = _explained(payload)
+            delay = _retry_delay(status, code, self._report_tries, jitter)
+            if delay is not None:
+                self._queue = parts + self._queue
+                self._report_tries += 1
+                self._report_at = now + max(delay, (where.retry_after or 0) * 1000)  # type: ignore[attr-defined]
+                self._count("throttled")
+                self._note("status " + str(status) + " to a report")
+            elif status == 412 and parts[0][_TRIES] and self._keep_reported:
+                # The first time may have been applied and its answer lost: the document tells.
+                parts[0][_TRIES] = 2
+                self._queue = parts + self._queue
+                self._known = False
+                self._ask(now, jitter)
+            else:
+                self._refuse(parts, ReportRejected(status, code, tracking_id, message), out)
+        self._flow(now, out)
+
+    def _refuse(self, parts: "list[list[object]]", error: ReportRejected, out: "list[object]") -> None:
+        self._bound = None
+        self._note(error)
+        if len(parts) > 1:
+            # The hub refuses a patch whole. Each part goes again by itself: only the guilty one is lost.
+            for part in parts:
+                part[_ALONE] = True
+            self._queue = parts + self._queue
+            return
+        self._count("rejected")
+        if parts[0][_TICKET] is None:
+            out.append(Failed(error))
+        else:
+            out.append(Reported(parts[0][_TICKET], None, error))
+
+
+def _section(twin: object, name: str) -> "tuple[dict[str, object], int | None]":
+    """One section of a twin, without `$` keys and nulls, and its `$version`."""
+    section = twin.get(name) if isinstance(twin, dict) else None
+    if not isinstance(section, dict):
+        raise ValueError("no " + name)
+    version = section.get("$version")
+    for key in list(section):
+        if key.startswith("$"):
+            del section[key]
+    return merge(None, section), version if type(version) is int else None
+
+
+def _explained(payload: bytes) -> "tuple[object, object, object]":
+    """errorCode, trackingId and message of an error's body; None for what it does not have."""
+    try:
+        body = loads(payload)
+    except (ValueError, RuntimeError):
+        body = None
+    if not isinstance(body, dict):
+        return None, None, None
+    return body.get("errorCode"), body.get("trackingId"), body.get("message")
+
+
+def _retry_delay(status: int, code: object, tries: int, jitter: float) -> "int | None":
+    """Milliseconds until a request with this status is worth sending again; None if it never is."""
+    if status == 429 or status >= 500 or status in (408, 499):
+        return _half_jitter(_BACKOFF, _BACKOFF_CAP, tries, jitter)
+    if status == 403 and code == 403002:
+        return _half_jitter(_SLOW, _SLOW_CAP, tries, jitter)
+    return None
+
+
+def _half_jitter(base: int, cap: int, tries: int, jitter: float) -> int:
+    # Half of the delay is certain, so that chance cannot make a burst of it.
+    return int(min(cap, base << min(tries, 10)) * (0.5 + 0.5 * jitter))
