@@ -47,7 +47,9 @@ else:
 def copy(value: object) -> object:
     """The same document in dicts and lists of its own."""
     if isinstance(value, dict):
-        return {key: copy(member) if isinstance(member, (dict, list)) else member for key, member in value.items()}
+        return {
+            key: copy(member) if isinstance(member, (dict, list)) else member for key, member in value.items()
+        }
     if isinstance(value, list):
         return [copy(member) for member in value]
     return value
@@ -77,10 +79,7 @@ def same(one: object, other: object) -> bool:
     if isinstance(one, dict):
         if not isinstance(other, dict) or len(one) != len(other):
             return False
-        for key, value in one.items():
-            if key not in other or not same(value, other[key]):
-                return False
-        return True
+        return all(key in other and same(value, other[key]) for key, value in one.items())
     if isinstance(one, list):
         if not isinstance(other, list) or len(one) != len(other):
             return False
@@ -179,36 +178,35 @@ def _check_object(value: "dict[str, object]", path: "list[object]", depth: int, 
 
 
 def _check_value(value: object, path: "list[object]", depth: int, in_array: bool) -> int:
-    kind = type(value)
-    if kind is str:
+    if type(value) is str:
         try:
-            count = len(_utf8(value))  # type: ignore[arg-type]  # mypy does not narrow by type()
+            count = len(_utf8(value))
         except ValueError:
-            raise PatchError(_text(path), "a string must be valid Unicode (no lone surrogate)")
+            raise PatchError(_text(path), "a string must be valid Unicode (no lone surrogate)") from None
         if count > MAX_STRING:
             raise PatchError(_text(path), "a string is at most 4096 bytes of UTF-8", count)
         return count
-    if kind is bool:
+    if type(value) is bool:
         return 4
-    if kind is int:
-        if not MIN_INTEGER <= value <= MAX_INTEGER:  # type: ignore[operator]  # as above
+    if type(value) is int:
+        if not MIN_INTEGER <= value <= MAX_INTEGER:
             raise PatchError(_text(path), "an integer is from -4503599627370496 to 4503599627370495", value)
         return 8
-    if kind is float:
-        if value - value != 0:  # type: ignore[operator]  # as above; true for NaN and both infinities
+    if type(value) is float:
+        if value - value != 0:  # true for NaN and both infinities
             raise PatchError(_text(path), "a number must be finite", value)
         return 8
     if value is None:
         if in_array:
             raise PatchError(_text(path), "null removes a key and has no meaning inside an array")
         return 0
-    if kind is dict:
-        return _check_object(value, path, depth + 1, in_array)  # type: ignore[arg-type]  # as above
-    if kind is list:
+    if type(value) is dict:
+        return _check_object(value, path, depth + 1, in_array)
+    if type(value) is list:
         if depth + 1 > MAX_DEPTH:
             raise PatchError(_text(path), "objects and arrays nest at most 10 deep", depth + 1)
         total = 0
-        for index, member in enumerate(value):  # type: ignore[arg-type,var-annotated]  # as above
+        for index, member in enumerate(value):
             path.append(index)
             total += _check_value(member, path, depth + 1, True)
             path.pop()
@@ -222,7 +220,7 @@ def _check_key(key: object, path: "list[object]") -> int:
     try:
         count = len(_utf8(key))
     except ValueError:
-        raise PatchError(_text(path), "a key must be valid Unicode (no lone surrogate)")
+        raise PatchError(_text(path), "a key must be valid Unicode (no lone surrogate)") from None
     if count > MAX_KEY:
         raise PatchError(_text(path), "a key is at most 1024 bytes of UTF-8", count)
     if not key.isalpha():

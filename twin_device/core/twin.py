@@ -26,9 +26,8 @@ each input the shell performs the outputs in their order, then arranges for tick
 from collections import namedtuple
 
 from .errors import ConnectRefused, LocalError, NotConnected, RemoteError, ReportRejected, RetrieveRejected
-from .patch import check, check_section, compose, copy, diff, dumps, loads, merge, same, size
-from .patch import MAX_SECTION
-from .topics import DESIRED, FILTERS, RESPONSE, parse, report_topic, retrieve_topic
+from .patch import MAX_SECTION, check, check_section, compose, copy, diff, dumps, loads, merge, same, size
+from .topics import DESIRED, FILTERS, RESPONSE, Topic, parse, report_topic, retrieve_topic
 
 OFFLINE = "offline"
 SUBSCRIBING = "subscribing"
@@ -72,14 +71,25 @@ _MAX_KEPT = 64  # notifications kept before the document
 _MAX_PARTS = 32  # reports kept apart, so that a refusal hits only the one that earned it
 _MAX_QUEUE = 1024
 
-# A gathered report: _PATCH (dict), _TICKET (int, or None for what the machine itself restores), _VERSION
-# (int or None), _ALONE (bool: sent as it is, not as a part of a difference), _TRIES (0: never sent, 1: sent
-# and not known to be answered, 2: refused with 412 after that).
-_PATCH = 0
-_TICKET = 1
-_VERSION = 2
-_ALONE = 3
-_TRIES = 4
+
+class _Part:
+    """A gathered report."""
+
+    def __init__(self, patch: "dict[str, object]", ticket: "int | None", version: "int | None", alone: bool):
+        self.patch = patch
+        self.ticket = ticket  # None for what the machine itself restores
+        self.version = version  # the condition, if it has one
+        self.alone = alone  # sent as it is, not as a part of a difference
+        self.tries = 0  # 1: sent, and not known to be answered; 2: refused with 412 after that
+
+
+class _Kept:
+    """A notification that waits for the document."""
+
+    def __init__(self, version: int, patch: "dict[str, object]"):
+        self.version = version
+        self.patch = patch
+        self.outlived = False  # a document came that does not reach to it
 
 
 class Twin:
@@ -141,16 +151,16 @@ class Twin:
         self._get_version: "int | None" = None
         self._askers: "list[int]" = []
         self._next_askers: "list[int]" = []
-        self._kept: "list[list[object]]" = []
+        self._kept: "list[_Kept]" = []
         self._again = False
         # Reporting: the request id, patch and parts in flight, and what is gathered meanwhile.
         self._flight: "str | None" = None
         self._flight_patch: "dict[str, object]" = {}
-        self._flight_parts: "list[list[object]]" = []
+        self._flight_parts: "list[_Part]" = []
         self._flight_wait = 0
         self._report_at = 0
         self._report_tries = 0
-        self._queue: "list[list[object]]" = []
+        self._queue: "list[_Part]" = []
         # True once a document of this connection has told what the hub holds.
         self._known = False
         # True if a report was answered since the retrieve in flight was sent.
@@ -161,7 +171,7 @@ class Twin:
 
     @property
     def deadline(self) -> "int | None":
-        """When tick() has something to do, in milliseconds; None if only another input can change anything."""
+        """When tick() has something to do, in milliseconds; None if nothing is due without an input."""
         if self.state == OFFLINE:
             return self._connect_at if self._wait is None else self._wait
         if self.state == SUBSCRIBING:
@@ -184,7 +194,7 @@ class Twin:
         """What the app wants reported: the known reported properties and every report not answered yet."""
         target: "dict[str, object]" = self.reported or {}
         for part in self._flight_parts + self._queue:
-            target = merge(target, part[_PATCH])  # type: ignore[arg-type]  # a part's patch is a dict
+            target = merge(target, part.patch)
         return target
 
     @property
@@ -218,8 +228,8 @@ class Twin:
         error = NotConnected("the client was closed before the hub answered")
         out: "list[object]" = []
         for part in self._flight_parts + self._queue:
-            if part[_TICKET] is not None:
-                out.append(Reported(part[_TICKET], None, error))
+            if part.ticket is not None:
+                out.append(Reported(part.ticket, None, error))
         for ticket in self._askers + self._next_askers:
             out.append(Retrieved(ticket, None, error))
         self._flight = None
@@ -275,7 +285,11 @@ class Twin:
         out: "list[object]" = []
         if self.state == SUBSCRIBING:
             if len(granted) != len(FILTERS) or max(granted) >= 0x80:
-                text = "the hub refused a subscription (SUBACK " + str(list(granted)) + "): is it a Basic tier hub?"
+                text = (
+                    "the hub refused a subscription (SUBACK "
+                    + str(list(granted))
+                    + "): is it a Basic tier hub?"
+                )
                 error = ConnectRefused(text, False)
                 out.append(Disconnect())
                 self._lose(now, jitter, error, out)
@@ -298,7 +312,11 @@ class Twin:
                 self._dial(now, out)
             return out
         if self.state == SUBSCRIBING:
-            if self._wait is not None and now >= self._wait and not self._give_up("SUBSCRIBE", now, jitter, out):
+            if (
+                self._wait is not None
+                and now >= self._wait
+                and not self._give_up("SUBSCRIBE", now, jitter, out)
+            ):
                 self._wait = now + self._timeout
                 out.append(Subscribe(FILTERS))
             return out
@@ -317,7 +335,7 @@ class Twin:
     # ------------------------------------------------------------------ inputs: messages
 
     def message_received(self, topic: str, payload: bytes, now: int, jitter: float) -> "list[object]":
-        """A PUBLISH of the hub. Topics that are not the twin's, and answers nobody waits for, change nothing."""
+        """A PUBLISH of the hub. Foreign topics, and answers that nobody waits for, change nothing."""
         out: "list[object]" = []
         where = parse(topic)
         if where is None or self.state == OFFLINE:
@@ -364,25 +382,31 @@ class Twin:
         out: "list[object]" = []
         last = self._queue[-1] if self._queue else None
         # A part that has no ticket restores what was reported before: it stays apart.
-        if len(self._queue) >= _MAX_PARTS and not alone and last and not last[_ALONE] and last[_TICKET] is not None:
-            joined = compose(last[_PATCH], patch)  # type: ignore[arg-type]  # a part's patch is a dict
+        if (
+            len(self._queue) >= _MAX_PARTS
+            and not alone
+            and last
+            and not last.alone
+            and last.ticket is not None
+        ):
+            joined = compose(last.patch, patch)
             if joined is None and self.reported is not None:
                 target = self.target
                 del self._queue[-1]
                 joined = diff(self.target, merge(target, patch))
                 self._queue.append(last)
             if joined is not None:
-                last[_PATCH] = joined
+                last.patch = joined
                 self._count("coalesced")
-                return last[_TICKET], out  # type: ignore[return-value]  # not None, see above
+                return last.ticket, out
         self._ticket += 1
         ticket = self._ticket
-        self._queue.append([copy(patch), ticket, version, alone, 0])
+        self._queue.append(_Part(copy(patch), ticket, version, alone))  # type: ignore[arg-type]  # a dict, as patch
         self._flow(now, out)
         return ticket, out
 
     def retrieve(self, now: int) -> "tuple[int, list[object]]":
-        """Ask the hub for the twin as it is from now on. Returns a ticket; Retrieved with it tells the end."""
+        """Ask the hub for the twin as it is now. Returns a ticket; Retrieved with it tells the end."""
         out: "list[object]" = []
         self._ticket += 1
         self._next_askers.append(self._ticket)
@@ -482,10 +506,12 @@ class Twin:
                     out.append(DesiredChanged(patch, self.desired))
                     return
         except (ValueError, RuntimeError):
-            self._fail(RemoteError("a desired notification is no JSON object; the twin is retrieved again"), out)
+            self._fail(
+                RemoteError("a desired notification is no JSON object; the twin is retrieved again"), out
+            )
             patch = version = None
         if patch is not None and type(version) is int and len(self._kept) < _MAX_KEPT:
-            self._kept.append([version, patch, False])
+            self._kept.append(_Kept(version, patch))
         elif self._get is not None:
             # The document that is on its way may be older than what cannot be kept.
             self._again = True
@@ -496,8 +522,8 @@ class Twin:
                 self._ask(now, jitter)
                 self._flow(now, out)
 
-    def _retrieved(self, where: object, payload: bytes, now: int, jitter: float, out: "list[object]") -> None:
-        status = where.status  # type: ignore[attr-defined]  # a Topic; namedtuples of collections have no type
+    def _retrieved(self, where: Topic, payload: bytes, now: int, jitter: float, out: "list[object]") -> None:
+        status = where.status
         if not 200 <= status < 300:
             self._retrieve_refused(where, payload, now, jitter, out)
             return
@@ -510,7 +536,9 @@ class Twin:
             if version is None:
                 raise ValueError("no $version")
         except (ValueError, RuntimeError):
-            self._fail(RemoteError("the retrieved twin is no JSON object with desired and reported properties"), out)
+            self._fail(
+                RemoteError("the retrieved twin is no JSON object with desired and reported properties"), out
+            )
             self._ask(now, jitter)
             self._flow(now, out)
             return
@@ -529,8 +557,10 @@ class Twin:
             self._known = True
         self._flow(now, out)
 
-    def _retrieve_refused(self, where: object, payload: bytes, now: int, jitter: float, out: "list[object]") -> None:
-        status, retry_after = where.status, where.retry_after  # type: ignore[attr-defined]  # a Topic
+    def _retrieve_refused(
+        self, where: Topic, payload: bytes, now: int, jitter: float, out: "list[object]"
+    ) -> None:
+        status, retry_after = where.status, where.retry_after
         code, tracking_id, message = _explained(payload)
         delay = _retry_delay(status, code, self._get_tries, jitter)
         if delay is None:
@@ -554,21 +584,21 @@ class Twin:
         """The document is the truth. The app gets one change: from what it was last given to this."""
         gap = []
         # By version only: sort() would go on to compare the patches.
-        self._kept.sort(key=lambda kept: kept[0])  # type: ignore[arg-type,return-value]  # versions are integers
+        self._kept.sort(key=lambda kept: kept.version)
         for kept in self._kept:
-            if kept[0] == version + 1:
+            if kept.version == version + 1:
                 try:
-                    desired = merge(desired, kept[1])  # type: ignore[arg-type]  # kept[1] is a dict
+                    desired = merge(desired, kept.patch)
                 except RuntimeError:
                     self._again = True
                     continue
                 version += 1
                 self._count("notifications")
-            elif kept[0] <= version or kept[2]:  # type: ignore[operator]  # versions are integers
+            elif kept.version <= version or kept.outlived:
                 # Old; or a second document in a row does not know it: no such version was ever written.
                 self._count("stale")
             else:
-                kept[2] = True
+                kept.outlived = True
                 gap.append(kept)
         self._kept = gap
         change = diff(self.desired, desired)
@@ -591,9 +621,7 @@ class Twin:
 
     # ------------------------------------------------------------------ reported properties
 
-    def _reconcile(
-        self, reported: "dict[str, object]", version: "int | None", out: "list[object]"
-    ) -> None:
+    def _reconcile(self, reported: "dict[str, object]", version: "int | None", out: "list[object]") -> None:
         """What the hub holds is known now; what it lost of the target is put first in the queue."""
         self.reported_version = version
         if not self._keep_reported:
@@ -602,26 +630,26 @@ class Twin:
         self._bound = None
         for part in self._queue[:1]:
             # A conditional report whose answer was lost: only the document can tell whether it was applied.
-            if part[_VERSION] is not None and part[_TRIES] and (version != part[_VERSION] or part[_TRIES] == 2):
-                patch: "dict[str, object]" = part[_PATCH]  # type: ignore[assignment]  # a part's patch is a dict
+            if part.version is not None and part.tries and (version != part.version or part.tries == 2):
+                patch: "dict[str, object]" = part.patch
                 del self._queue[0]
                 if same(merge(reported, patch), reported):
                     if before is not None:
                         before = merge(before, patch)
-                    out.append(Reported(part[_TICKET], version, None))
+                    out.append(Reported(part.ticket, version, None))
                 else:
                     self._count("rejected")
                     error = ReportRejected(412, message="the reported version is " + str(version))
-                    out.append(Reported(part[_TICKET], None, error))
+                    out.append(Reported(part.ticket, None, error))
         if before is not None:
             restore = diff(reported, before)
             if restore:
-                self._queue.insert(0, [restore, None, None, False, 0])
+                self._queue.insert(0, _Part(restore, None, None, False))
         self.reported = reported
 
     def _requeue(self) -> None:
         for part in self._flight_parts:
-            part[_TRIES] = max(part[_TRIES], 1)  # type: ignore[type-var]  # an integer
+            part.tries = max(part.tries, 1)
         self._queue = self._flight_parts + self._queue
         self._flight_parts = []
         self._flight = None
@@ -663,43 +691,43 @@ class Twin:
             del self._queue[: len(parts)]
             if patch is None:
                 for part in parts:
-                    if part[_TICKET] is not None:
-                        out.append(Reported(part[_TICKET], self.reported_version, None))
+                    if part.ticket is not None:
+                        out.append(Reported(part.ticket, self.reported_version, None))
                 continue
             self._flight = self._next_request()
             self._flight_patch, self._flight_parts = patch, parts
             self._flight_wait = now + self._timeout
             self._count("reports")
             self._count("coalesced", len(parts) - 1)
-            version: "int | None" = parts[0][_VERSION]  # type: ignore[assignment]  # of a part that is alone
+            version: "int | None" = parts[0].version
             out.append(Publish(report_topic(self._flight, version), dumps(patch).encode()))
             return
 
-    def _next_patch(self) -> "tuple[list[list[object]], dict[str, object] | None]":
+    def _next_patch(self) -> "tuple[list[_Part], dict[str, object] | None]":
         """The parts at the head of the queue that go out together, and their patch; None: nothing changes."""
         first = self._queue[0]
-        patch: "dict[str, object] | None" = first[_PATCH]  # type: ignore[assignment]  # a part's patch is a dict
-        if first[_ALONE]:
+        patch = first.patch
+        if first.alone:
             return [first], patch
         parts = [first]
         if self.reported is None or not self._keep_reported:
             for part in self._queue[1:]:
-                joined = None if part[_ALONE] else compose(patch, part[_PATCH])  # type: ignore[arg-type]  # as above
+                joined = None if part.alone else compose(patch, part.patch)
                 if joined is None:
                     break
                 patch = joined
                 parts.append(part)
             return parts, patch
-        target = merge(self.reported, patch)  # type: ignore[arg-type]  # as above
+        target = merge(self.reported, patch)
         for part in self._queue[1:]:
-            if part[_ALONE]:
+            if part.alone:
                 break
-            target = merge(target, part[_PATCH])  # type: ignore[arg-type]  # as above
+            target = merge(target, part.patch)
             parts.append(part)
         return parts, diff(self.reported, target) or None
 
-    def _answered(self, where: object, payload: bytes, now: int, jitter: float, out: "list[object]") -> None:
-        status, version = where.status, where.version  # type: ignore[attr-defined]  # a Topic
+    def _answered(self, where: Topic, payload: bytes, now: int, jitter: float, out: "list[object]") -> None:
+        status, version = where.status, where.version
         parts, self._flight_parts = self._flight_parts, []
         if 200 <= status < 300:
             if self._keep_reported:
@@ -708,20 +736,20 @@ class Twin:
             self._report_tries = 0
             self._moved = True
             for part in parts:
-                if part[_TICKET] is not None:
-                    out.append(Reported(part[_TICKET], version, None))
+                if part.ticket is not None:
+                    out.append(Reported(part.ticket, version, None))
         else:
             code, tracking_id, message = _explained(payload)
             delay = _retry_delay(status, code, self._report_tries, jitter)
             if delay is not None:
                 self._queue = parts + self._queue
                 self._report_tries += 1
-                self._report_at = now + max(delay, (where.retry_after or 0) * 1000)  # type: ignore[attr-defined]
+                self._report_at = now + max(delay, (where.retry_after or 0) * 1000)
                 self._count("throttled")
                 self._note("status " + str(status) + " to a report")
-            elif status == 412 and parts[0][_TRIES] and self._keep_reported:
+            elif status == 412 and parts[0].tries and self._keep_reported:
                 # The first time may have been applied and its answer lost: the document tells.
-                parts[0][_TRIES] = 2
+                parts[0].tries = 2
                 self._queue = parts + self._queue
                 self._known = False
                 self._ask(now, jitter)
@@ -729,20 +757,20 @@ class Twin:
                 self._refuse(parts, ReportRejected(status, code, tracking_id, message), out)
         self._flow(now, out)
 
-    def _refuse(self, parts: "list[list[object]]", error: ReportRejected, out: "list[object]") -> None:
+    def _refuse(self, parts: "list[_Part]", error: ReportRejected, out: "list[object]") -> None:
         self._bound = None
         self._note(error)
         if len(parts) > 1:
             # The hub refuses a patch whole. Each part goes again by itself: only the guilty one is lost.
             for part in parts:
-                part[_ALONE] = True
+                part.alone = True
             self._queue = parts + self._queue
             return
         self._count("rejected")
-        if parts[0][_TICKET] is None:
+        if parts[0].ticket is None:
             out.append(Failed(error))
         else:
-            out.append(Reported(parts[0][_TICKET], None, error))
+            out.append(Reported(parts[0].ticket, None, error))
 
 
 def _section(twin: object, name: str) -> "tuple[dict[str, object], int | None]":
