@@ -58,7 +58,7 @@ class Credentials:
         self.device_id = device_id
         self.module_id = module_id
         self.policy = policy
-        self._key = key
+        self.key = key
 
     def __repr__(self) -> str:
         return "Credentials(" + self.host + ", " + self.client_id + ")"
@@ -84,12 +84,12 @@ class Credentials:
 
     def password(self, expiry: int) -> str:
         """CONNECT's password: a SAS token that is good until expiry (Unix seconds, UTC); "" without a key."""
-        if self._key is None:
+        if self.key is None:
             return ""
         resource = self.host + "/devices/" + self.device_id
         if self.module_id is not None:
             resource += "/modules/" + self.module_id
-        return sas_token(resource, self._key, expiry, self.policy)
+        return sas_token(resource, self.key, expiry, self.policy)
 
 
 def from_connection_string(text: str) -> Credentials:
@@ -98,6 +98,11 @@ def from_connection_string(text: str) -> Credentials:
     Raises LocalError that names the part that is missing, doubled, unknown or malformed; never its value,
     which may be a key.
     """
+    return Credentials(**connection_string_fields(text))  # type: ignore[arg-type]  # the fields are its arguments
+
+
+def connection_string_fields(text: str) -> "dict[str, object]":
+    """The arguments of Credentials that a connection string stands for. Raises as from_connection_string."""
     if not isinstance(text, str) or not text.strip():
         raise LocalError("the connection string is empty")
     values: "dict[str, str]" = {}
@@ -131,15 +136,14 @@ def from_connection_string(text: str) -> Credentials:
             raise LocalError(name + " in a connection string is not supported: SharedAccessKey is")
     if "SharedAccessKey" not in values:
         raise LocalError("SharedAccessKey is missing in the connection string")
-    return Credentials(
-        values["HostName"],
-        values["DeviceId"],
-        values.get("ModuleId"),
-        decode_key(values["SharedAccessKey"]),
-        values.get("GatewayHostName"),
-        None,
-        values.get("SharedAccessKeyName"),
-    )
+    return {
+        "host": values["HostName"],
+        "device_id": values["DeviceId"],
+        "module_id": values.get("ModuleId"),
+        "key": decode_key(values["SharedAccessKey"]),
+        "gateway": values.get("GatewayHostName"),
+        "policy": values.get("SharedAccessKeyName"),
+    }
 
 
 def decode_key(text: str) -> bytes:

@@ -1,0 +1,908 @@
+"""TwinClient for threads, on paho-mqtt 2.
+
+Two threads a client. The network thread dials, drives paho and feeds the core; the dispatcher thread calls
+the app's handlers, one at a time and in order. One lock guards the core; whoever gives it an input performs
+its outputs before letting go, so outputs leave in the order in which they were decided.
+"""
+
+import contextlib
+import errno
+import logging
+import marshal
+import os
+import queue
+import random
+import selectors
+import signal
+import socket
+import ssl
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, TypeVar
+
+import paho.mqtt.client as mqtt
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
+
+from . import __version__
+from .core import settings, twin
+from .core.credentials import Credentials, connection_string_fields, decode_key
+from .core.errors import (
+    ConnectRefused,
+    LocalError,
+    NotConnected,
+    RemoteError,
+    ReportTimeout,
+    RetrieveTimeout,
+    TwinError,
+)
+
+Document = dict[str, Any]
+_Handler = TypeVar("_Handler", bound=Callable[..., object])
+
+_log = logging.getLogger("twin_device.client")
+
+_MQTTS_PORT = 8883
+_MQTT_PORT = 1883
+# The hub's own limit: it closes at 1.5 times the keep-alive, and after 29.45 minutes at the latest.
+_MAX_KEEP_ALIVE = 1177
+# Close waits this long for reports that the hub has not answered yet.
+_FLUSH = 5.0
+_LOGGED = 1000  # bytes of a payload that a DEBUG line shows
+
+# paho gives the CONNACK return codes of MQTT 3.1.1 as the reason codes of MQTT 5.
+_RETURN_CODES = {0: 0, 132: 1, 133: 2, 136: 3, 134: 4, 135: 5}
+
+
+class Report:
+    """A report on its way to the hub. Reports that left in one patch may be one and the same Report."""
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
+        self._ended = threading.Event()
+        self._version: int | None = None
+        self._error: TwinError | None = None
+        self._watched = False
+
+    def __repr__(self) -> str:
+        state = "on its way" if not self.done else "accepted" if self._error is None else "not accepted"
+        return f"<Report {state}>"
+
+    @property
+    def done(self) -> bool:
+        """True once the hub has answered, or the client was closed."""
+        return self._ended.is_set()
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Wait for the hub's answer; at most timeout seconds, None for the client's own.
+
+        Returns the reported `$version` after it (int; None from a hub that tells none). Raises
+        ReportRejected if the hub refused it, ReportTimeout if there is no answer yet (it stays on its way),
+        NotConnected if the client was closed before.
+        """
+        timeout = self._timeout if timeout is None else timeout
+        if not self._ended.wait(timeout):
+            raise ReportTimeout(
+                f"the hub has not answered within {timeout:g} s; the report is still on its way"
+            )
+        if self._error is not None:
+            raise self._error
+        return self._version
+
+    def _end(self, version: int | None, error: TwinError | None) -> None:
+        self._version, self._error = version, error
+        self._ended.set()
+
+
+class _Retrieve:
+    def __init__(self) -> None:
+        self.ended = threading.Event()
+        self.twin: Document | None = None
+        self.error: TwinError | None = None
+
+
+class _Cancelled(OSError):
+    """The client is being disconnected while it dials."""
+
+
+class _Mqtt(mqtt.Client):
+    """paho's client over a socket that was dialled by `dial`.
+
+    paho's own dial can neither be ended by another thread nor bounded as a whole: a hub that sends its
+    handshake a byte at a time would hold it for ever.
+    """
+
+    dial: Callable[[], socket.socket]
+
+    def _create_socket(self) -> socket.socket:
+        return self.dial()
+
+    def drop(self) -> None:
+        """Close the socket, if there is one, without a word to the hub."""
+        self._sock_close()
+
+
+class TwinClient:
+    """One device's or module's twin.
+
+    host: the hub's name, a port may follow (`localhost:18883`); the port is dialled and left out of user
+    name and token. key: the identity's key, in base64 or decoded. gateway: the name to dial instead of host.
+    policy: the name of the hub's policy whose key it is. Options, times in seconds:
+
+    port: used where host has none; 8883, or 1883 with tls=False. ca_file: PEM file to trust instead of the
+    system's store. tls: False for plaintext, which only a local hub speaks. keep_alive: 1 to 1177. timeout:
+    the longest wait of a blocking call; a request to the hub is given up and asked again after a third of
+    it. product_info: told to the hub as DeviceClientType. model_id: the DTMI of IoT Plug and Play.
+    token_lifetime: of the SAS token; it is replaced after four fifths.
+
+    Handlers run one at a time and in order, in a thread of their own, and may call every method. An
+    exception in one goes to the on_error handlers and stops nothing.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        device_id: str,
+        *,
+        module_id: str | None = None,
+        key: str | bytes,
+        gateway: str | None = None,
+        policy: str | None = None,
+        port: int = _MQTTS_PORT,
+        ca_file: str | os.PathLike[str] | None = None,
+        tls: bool = True,
+        keep_alive: int = 60,
+        timeout: float = 60,
+        product_info: str = "",
+        model_id: str | None = None,
+        token_lifetime: float = 3600,
+    ) -> None:
+        if not 1 <= keep_alive <= _MAX_KEEP_ALIVE:
+            raise LocalError(f"keep_alive is from 1 to {_MAX_KEEP_ALIVE} seconds, not {keep_alive}")
+        if not timeout > 0:
+            raise LocalError(f"timeout is a positive number of seconds, not {timeout}")
+        if not token_lifetime > 0:
+            raise LocalError(f"token_lifetime is a positive number of seconds, not {token_lifetime}")
+        if not 0 < port < 65536:
+            raise LocalError(f"port is from 1 to 65535, not {port}")
+        key = decode_key(key) if isinstance(key, str) else key
+        credentials = Credentials(host, device_id, module_id, key, gateway, policy=policy)
+        self._credentials = credentials
+        self._host = credentials.dialled
+        if port != _MQTTS_PORT:
+            self._port = port
+        else:
+            self._port = credentials.port or (_MQTTS_PORT if tls else _MQTT_PORT)
+        self._ca_file = ca_file
+        self._tls = tls
+        self._timeout = float(timeout)
+        self._keep_alive = int(keep_alive)
+        self._user_name = credentials.user_name(product_info or f"twin-device/{__version__}", model_id)
+        self._token_lifetime = float(token_lifetime)
+        self._context: ssl.SSLContext | None = None
+
+        self._on_desired: list[Callable[[Document, Document], object]] = []
+        self._on_state: list[Callable[[str, str], object]] = []
+        self._on_error: list[Callable[[Exception], object]] = []
+        self._appliers: dict[str, Callable[[Any], object]] = {}
+
+        self._twin = twin.Twin(
+            timeout=max(1, int(self._timeout * 1000 / 3)), request_id=random.randrange(1 << 16) << 16
+        )
+        self._settings = settings.Settings(self._twin)
+        self._reports: dict[int, Report] = {}
+        self._retrieves: dict[int, _Retrieve] = {}
+        self._refused: ConnectRefused | None = None
+        self._closed = False
+        self._lock = threading.RLock()
+        # Notified at every change of state, refusal, and end of a report.
+        self._changed = threading.Condition(self._lock)
+        self._network: _Network | None = None
+        self._dispatcher: threading.Thread | None = None
+        self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def __repr__(self) -> str:
+        return f"<TwinClient {self._credentials.client_id} at {self._host}:{self._port}, {self.state}>"
+
+    @classmethod
+    def from_connection_string(cls, text: str, **options: Any) -> "TwinClient":
+        """The client of a device's or module's connection string. options: as of TwinClient.
+
+        Raises LocalError that names the malformed part, never its value.
+        """
+        fields: dict[str, Any] = connection_string_fields(text)
+        return cls(**fields, **options)
+
+    # ------------------------------------------------------------------ what the app knows
+
+    @property
+    def state(self) -> str:
+        """ "offline", "subscribing", "retrieving" or "synchronised" (connected, subscribed and retrieved)."""
+        return self._twin.state
+
+    @property
+    def desired(self) -> Document:
+        """The desired properties as last known, in a copy of the caller's own."""
+        return _copied(self._twin.desired)
+
+    @property
+    def reported(self) -> Document:
+        """The reported properties that the hub is known to hold, in a copy of the caller's own."""
+        return _copied(self._twin.reported or {})
+
+    @property
+    def desired_version(self) -> int | None:
+        """`$version` of `desired`; None before the first synchronisation."""
+        return self._twin.desired_version
+
+    @property
+    def reported_version(self) -> int | None:
+        """`$version` of `reported`; None before the first synchronisation. Good for report(version=...)."""
+        return self._twin.reported_version
+
+    @property
+    def statistics(self) -> dict[str, Any]:
+        """Counts since the client was made: connects, retrieves, notifications (applied), stale (discarded),
+        gaps, reports (patches sent), coalesced (reports that needed none of their own), rejected, throttled,
+        ignored (answers nobody waited for); and last_error (str or None)."""
+        with self._lock:
+            return dict(self._twin.statistics)
+
+    # ------------------------------------------------------------------ handlers
+
+    def on_desired(self, handler: _Handler) -> _Handler:
+        """Have handler(patch, desired) called at every change of the desired properties.
+
+        patch: a JSON merge patch from what the handlers were given before; after a (re)connect it is the
+        whole difference in one. desired: the properties after it. Both are the handler's own copies.
+        """
+        self._on_desired.append(handler)
+        return handler
+
+    def on_state(self, handler: _Handler) -> _Handler:
+        """Have handler(old, new) called at every change of `state`."""
+        self._on_state.append(handler)
+        return handler
+
+    def on_error(self, handler: _Handler) -> _Handler:
+        """Have handler(error) called for errors that belong to no call of the app: refused credentials, a hub
+        that breaks its protocol, a refused report that nobody waited for, an exception in another handler."""
+        self._on_error.append(handler)
+        return handler
+
+    def setting(self, name: str, *, shape: str = "document") -> Callable[[_Handler], _Handler]:
+        """Make a desired property a setting: the desired-state pattern.
+
+        The decorated function is called with a new desired value and applies it, or raises to refuse it. The
+        client reports the value as pending before, and success or failure with the exception's text after.
+        A value that is reported as applied already is not applied again; one that is not is tried again
+        after every reconnect. Of values that arrive meanwhile only the newest is applied. A desired value
+        that is removed changes nothing.
+
+        shape: "document" (`status` Pending, Success, Failed; `pendingConfig`; `reason`) or "pnp" (`value`,
+        `ac`, `av`, `ad`). name: "component.property" for a property of a Plug and Play component.
+        """
+
+        def declare(apply: _Handler) -> _Handler:
+            with self._lock:
+                self._settings.declare(name, shape)
+                self._appliers[name] = apply
+                self._perform(self._settings.declared(name, _now()))
+            return apply
+
+        return declare
+
+    # ------------------------------------------------------------------ connecting
+
+    def connect(self, *, wait: bool = True, timeout: float | None = None) -> None:
+        """Connect, subscribe and retrieve; from then on the client reconnects by itself.
+
+        Returns once synchronised, or with wait=False at once. Raises ConnectRefused if the hub refuses the
+        credentials or is not who it should be, or if there is no connection after timeout seconds (None: the
+        client's own); the client is disconnected again then. LocalError: it is closed, or ca_file is bad.
+        """
+        deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
+        if self._tls and self._context is None:
+            self._context = _tls_context(self._ca_file)
+        with self._lock:
+            if self._closed:
+                raise NotConnected("this client is closed; make a new one")
+            if self._network is None:
+                self._refused = None
+                if not self._tls and not _is_loopback(self._host):
+                    _log.warning(
+                        "%s: plaintext to %s: anybody on the way can read and change it", self, self._host
+                    )
+                self._network = _Network(self)
+                if self._dispatcher is None:
+                    self._dispatcher = threading.Thread(
+                        target=self._dispatch,
+                        name=f"twin-dispatcher-{self._credentials.client_id}",
+                        daemon=True,
+                    )
+                    self._dispatcher.start()
+                self._network.start()
+                self._perform(self._twin.start(_now()))
+            network = self._network
+            if not wait:
+                return
+            while (
+                self._twin.state != twin.SYNCHRONISED and self._refused is None and self._network is network
+            ):
+                if not self._changed.wait(max(0.0, deadline - time.monotonic())):
+                    break
+            if self._twin.state == twin.SYNCHRONISED:
+                return
+            error = self._refused
+            if error is None:
+                why = self._twin.statistics["last_error"] or f"it is still {self._twin.state}"
+                error = ConnectRefused(f"not synchronised with {self._host}:{self._port} in time: {why}")
+        self.disconnect()
+        raise error
+
+    def disconnect(self) -> None:
+        """End the connection and the client's threads. What is gathered stays, for the next connect()."""
+        with self._lock:
+            network, dispatcher = self._network, self._dispatcher
+            self._network = None
+            if network is None:
+                return
+            outputs = self._twin.stop()
+            # Told to the network thread last, so that it still performs these.
+            self._perform(outputs, network)
+            network.end()
+            self._events.put(None)
+            self._changed.notify_all()
+        for thread in (network, dispatcher):
+            # A handler may disconnect: its own thread ends once the handler has returned.
+            if thread is not None and thread is not threading.current_thread():
+                thread.join(self._timeout)
+                if thread.is_alive():
+                    _log.warning("%s has not ended: a handler or a name look-up still runs", thread.name)
+
+    def close(self) -> None:
+        """Disconnect for good. While synchronised, first waits up to 5 seconds for reports on their way;
+        those that stay unanswered, and every other call that waits, end in NotConnected."""
+        deadline = time.monotonic() + min(self._timeout, _FLUSH)
+        with self._lock:
+            while self._twin.outstanding and self._twin.state != twin.OFFLINE:
+                if not self._changed.wait(deadline - time.monotonic()):
+                    break
+            self._closed = True
+        self.disconnect()
+        with self._lock:
+            self._perform(self._twin.abandon())
+            self._changed.notify_all()
+
+    def __enter__(self) -> "TwinClient":
+        self.connect()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def run_forever(self) -> None:
+        """Connect if need be, and return once the client is closed, or at SIGINT or SIGTERM (which close it).
+
+        Signals are caught only in the main thread; their handlers are put back.
+        """
+        if self._network is None:
+            self.connect()
+        previous: dict[signal.Signals, Any] = {}
+        stopping = threading.Event()
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                previous[number] = signal.signal(number, lambda _number, _frame: stopping.set())
+        try:
+            while not stopping.is_set():
+                with self._lock:
+                    if self._network is None:
+                        break
+                # A signal cannot notify a condition; it can only interrupt a wait.
+                stopping.wait(0.5)
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        self.close()
+
+    # ------------------------------------------------------------------ reporting and retrieving
+
+    def report(
+        self,
+        patch: Document,
+        *,
+        wait: bool = True,
+        timeout: float | None = None,
+        version: int | None = None,
+        always: bool = False,
+    ) -> Any:
+        """Bring a merge patch of the reported properties to the hub (None removes a key).
+
+        wait=True: waits up to timeout seconds (None: the client's own) and returns the reported `$version`
+        after it (int); raises as Report.wait. wait=False: returns a Report at once, also while offline.
+        Whatever the app reports while an answer is on its way, or while offline, leaves as one patch. What
+        the hub holds already is not sent, unless always=True. version: the reported version that the hub
+        must be at, else ReportRejected with status 412.
+
+        PatchError: the hub would refuse the patch; it names the path. NotConnected: the client is closed, or
+        was never connected and would have to wait. In both cases nothing was changed.
+        """
+        with self._lock:
+            if self._closed:
+                raise NotConnected("this client is closed; make a new one")
+            if wait and self._network is None:
+                raise NotConnected("not connected: call connect() first, or report with wait=False")
+            ticket, outputs = self._twin.report(patch, _now(), version, always)
+            report = self._reports.get(ticket)
+            if report is None:
+                report = self._reports[ticket] = Report(self._timeout)
+            report._watched = report._watched or wait
+            self._perform(outputs)
+        return report.wait(timeout) if wait else report
+
+    def retrieve(self, timeout: float | None = None) -> Document:
+        """Ask the hub for the twin now: {"desired": ..., "reported": ...}, without `$` keys.
+
+        Waits at most timeout seconds (None: the client's own). Raises RetrieveTimeout, RetrieveRejected, or
+        NotConnected if the client is not connected or was closed meanwhile.
+        """
+        timeout = self._timeout if timeout is None else timeout
+        with self._lock:
+            if self._network is None:
+                raise NotConnected("not connected: call connect() first")
+            ticket, outputs = self._twin.retrieve(_now())
+            retrieve = self._retrieves[ticket] = _Retrieve()
+            self._perform(outputs)
+        if not retrieve.ended.wait(timeout):
+            with self._lock:
+                self._retrieves.pop(ticket, None)
+            raise RetrieveTimeout(f"the hub has not answered within {timeout:g} s")
+        if retrieve.error is not None:
+            raise retrieve.error
+        return retrieve.twin or {}
+
+    # ------------------------------------------------------------------ performing outputs
+
+    def _perform(self, outputs: list[Any], network: "_Network | None" = None) -> None:
+        """Perform the core's outputs in their order. The lock is held."""
+        network = network or self._network
+        if self._appliers:
+            outputs = outputs + self._settings.observe(outputs, _now())
+        for output in outputs:
+            kind = type(output)
+            if kind is twin.DesiredChanged:
+                self._events.put(output)
+            elif kind is twin.Publish:
+                network.publish(output.topic, output.payload)  # type: ignore[union-attr]  # connected: there is one
+            elif kind is twin.Reported:
+                self._reported(output)
+            elif kind is twin.Retrieved:
+                retrieve = self._retrieves.pop(output.ticket, None)
+                if retrieve is not None:
+                    retrieve.twin, retrieve.error = output.twin, output.error
+                    retrieve.ended.set()
+            elif kind is twin.StateChanged:
+                final = output.new in (twin.OFFLINE, twin.SYNCHRONISED)
+                _log.log(
+                    logging.INFO if final else logging.DEBUG,
+                    "%s is %s",
+                    self._credentials.client_id,
+                    output.new,
+                )
+                if output.new == twin.SYNCHRONISED:
+                    self._refused = None
+                self._changed.notify_all()
+                self._events.put(output)
+            elif kind is twin.Failed:
+                self._failed(output.error)
+            elif kind is settings.Apply:
+                self._events.put(output)
+            elif network is not None:
+                network.perform(output)
+        if network is not None:
+            network.wake()
+
+    def _reported(self, output: Any) -> None:
+        report = self._reports.pop(output.ticket, None)
+        self._changed.notify_all()
+        if report is not None:
+            report._end(output.version, output.error)
+        if output.error is not None and (report is None or not report._watched) and not self._closed:
+            self._events.put(twin.Failed(output.error))
+
+    def _failed(self, error: Exception) -> None:
+        if isinstance(error, ConnectRefused):
+            self._refused = error
+            self._changed.notify_all()
+        self._events.put(twin.Failed(error))
+
+    # ------------------------------------------------------------------ the dispatcher thread
+
+    def _dispatch(self) -> None:
+        while True:
+            event = self._events.get()
+            if event is None:
+                with self._lock:
+                    # Connected again meanwhile, by a handler: this thread goes on.
+                    if self._network is None:
+                        self._dispatcher = None
+                        return
+            kind = type(event)
+            if kind is twin.DesiredChanged:
+                for on_desired in self._on_desired:
+                    try:
+                        on_desired(_copied(event.patch), _copied(event.desired))
+                    except Exception as error:  # noqa: BLE001  # whatever an app raises goes to its error handlers
+                        self._tell_error(error)
+            elif kind is twin.StateChanged:
+                for on_state in self._on_state:
+                    try:
+                        on_state(event.old, event.new)
+                    except Exception as error:  # noqa: BLE001  # as above
+                        self._tell_error(error)
+            elif kind is twin.Failed:
+                self._tell_error(event.error)
+            elif kind is settings.Apply:
+                self._apply(event.name, event.value)
+
+    def _apply(self, name: str, value: Any) -> None:
+        reason = None
+        try:
+            self._appliers[name](value)
+        except Exception as error:  # noqa: BLE001  # whatever an app raises is its refusal of the value
+            reason = str(error) or type(error).__name__
+            self._tell_error(error)
+        with self._lock:
+            self._perform(self._settings.applied(name, reason, _now()))
+
+    def _tell_error(self, error: Exception) -> None:
+        if not self._on_error:
+            _log.error(
+                "%s: %s", self._credentials.client_id, error, exc_info=not isinstance(error, TwinError)
+            )
+        for on_error in self._on_error:
+            try:
+                on_error(error)
+            except Exception:  # noqa: BLE001  # nobody is left to tell but the log
+                _log.exception("%s: an error handler raised", self._credentials.client_id)
+
+
+class _Network(threading.Thread):
+    """The network thread of one connect(): dials, drives paho, feeds the core."""
+
+    def __init__(self, client: TwinClient) -> None:
+        super().__init__(name=f"twin-network-{client._credentials.client_id}", daemon=True)
+        self._client = client
+        self._twin = client._twin
+        self._lock = client._lock
+        self._ending = False
+        self._dial_wanted = False
+        self._hang_up_wanted = False
+        self._woken, self._waker = socket.socketpair()
+        self._woken.setblocking(False)
+        self._waker.setblocking(False)
+        # poll() has no limit on descriptor numbers, and needs none of its own.
+        self._selector: selectors.BaseSelector = getattr(
+            selectors, "PollSelector", selectors.SelectSelector
+        )()
+        self._selector.register(self._woken, selectors.EVENT_READ)
+        self._watched: socket.socket | None = None
+
+        self._mqtt = _Mqtt(
+            CallbackAPIVersion.VERSION2,
+            client._credentials.client_id,
+            clean_session=False,
+            reconnect_on_failure=False,
+        )
+        self._mqtt.dial = self._dial
+        self._mqtt.on_connect = self._on_connect
+        self._mqtt.on_subscribe = self._on_subscribe
+        self._mqtt.on_message = self._on_message
+        # With this callback set, publish() only queues: it is this thread that writes, and only it.
+        self._mqtt.on_socket_register_write = lambda *_: None
+        self._mqtt.connect_async(client._host, client._port, client._keep_alive)
+
+    # Called by any thread, with the lock held.
+
+    def publish(self, topic: str, payload: bytes) -> None:
+        if _log.isEnabledFor(logging.DEBUG):
+            _log.debug("%s -> %s %r", self._client._credentials.client_id, topic, payload[:_LOGGED])
+        self._mqtt.publish(topic, payload)
+
+    def perform(self, output: Any) -> None:
+        if type(output) is twin.Subscribe:
+            self._mqtt.subscribe([(topic, 0) for topic in output.filters])
+        elif type(output) is twin.Disconnect:
+            self._hang_up_wanted, self._dial_wanted = True, False
+        elif type(output) is twin.Connect:
+            self._dial_wanted = True
+
+    def end(self) -> None:
+        self._ending = True
+        self.wake()
+
+    def wake(self) -> None:
+        if threading.get_ident() != self.ident:
+            # Full: it wakes anyway. Closed: it has ended.
+            with contextlib.suppress(OSError):
+                self._waker.send(b"\0")
+
+    # The thread itself.
+
+    def run(self) -> None:
+        try:
+            while True:
+                with self._lock:
+                    hang_up, self._hang_up_wanted = self._hang_up_wanted, False
+                    dial, self._dial_wanted = self._dial_wanted, False
+                    ending = self._ending
+                if hang_up:
+                    self._hang_up()
+                if ending:
+                    return
+                try:
+                    if dial:
+                        self._connect()
+                    self._step()
+                except Exception as error:  # noqa: BLE001  # a bug costs a reconnect, never the thread
+                    _log.exception(
+                        "%s: unexpected error in the network thread", self._client._credentials.client_id
+                    )
+                    self._lose(RemoteError(f"unexpected {type(error).__name__} while reading from the hub"))
+        finally:
+            self._hang_up()
+            self._selector.close()
+            self._woken.close()
+            self._waker.close()
+
+    def _step(self) -> None:
+        """Wait for the socket, a wake-up or the core's deadline, and serve what is there."""
+        mqtt_socket = self._watch()
+        now = _now()
+        with self._lock:
+            deadline = self._twin.deadline
+            if self._dial_wanted or self._hang_up_wanted or self._ending:
+                deadline = now
+        wait = None if mqtt_socket is None else self._client._keep_alive / 8
+        if deadline is not None:
+            until = max(0, deadline - now) / 1000
+            wait = until if wait is None else min(wait, until)
+        for key, events in self._selector.select(wait):
+            if key.fileobj is self._woken:
+                self._clear_wake_up()
+            elif events & selectors.EVENT_READ:
+                self._read()
+        if self._mqtt.socket() is not None and not self._hang_up_wanted:
+            if self._mqtt.want_write():
+                self._check(self._mqtt.loop_write())
+            self._check(self._mqtt.loop_misc())
+        now = _now()
+        with self._lock:
+            deadline = self._twin.deadline
+            if deadline is not None and now >= deadline:
+                self._client._perform(self._twin.tick(now, random.random()))
+
+    def _watch(self) -> socket.socket | None:
+        """Have the selector watch paho's socket, and for writing only while there is something to write."""
+        current: Any = self._mqtt.socket()
+        if self._watched is not None and self._watched is not current:
+            self._selector.unregister(self._watched)
+            self._watched = None
+        if current is not None:
+            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._mqtt.want_write() else 0)
+            if self._watched is None:
+                self._selector.register(current, events)
+                self._watched = current
+            elif self._selector.get_key(current).events != events:
+                self._selector.modify(current, events)
+        return self._watched
+
+    def _read(self) -> None:
+        # TLS may hold more packets than the one whose record woke us.
+        while True:
+            if self._check(self._mqtt.loop_read()):
+                return
+            current: Any = self._mqtt.socket()
+            if self._hang_up_wanted or not (hasattr(current, "pending") and current.pending()):
+                return
+
+    def _check(self, code: int) -> bool:
+        """True if the connection is lost; paho has closed the socket then."""
+        if self._mqtt.socket() is not None:
+            return False
+        self._unwatch()
+        if not self._hang_up_wanted:
+            self._lose(RemoteError(f"the connection was lost: {mqtt.error_string(MQTTErrorCode(code))}"))
+        return True
+
+    def _lose(self, error: TwinError) -> None:
+        self._close_socket()
+        _log.info("%s: %s", self._client._credentials.client_id, error)
+        with self._lock:
+            self._client._perform(self._twin.disconnected(_now(), random.random(), error))
+
+    def _unwatch(self) -> None:
+        if self._watched is not None:
+            self._selector.unregister(self._watched)
+            self._watched = None
+
+    def _hang_up(self) -> None:
+        if self._mqtt.socket() is not None:
+            try:
+                self._mqtt.disconnect()
+                self._mqtt.loop_write()
+            except (OSError, ValueError):
+                # The socket is going away in any case.
+                pass
+        self._close_socket()
+
+    def _close_socket(self) -> None:
+        self._unwatch()
+        # loop_write has closed it where the DISCONNECT went out; else this does.
+        self._mqtt.drop()
+
+    def _connect(self) -> None:
+        client = self._client
+        expiry = int(time.time() + client._token_lifetime)
+        self._mqtt.username_pw_set(client._user_name, client._credentials.password(expiry))
+        where = f"{client._host}:{client._port}"
+        _log.debug("%s: connecting to %s", client._credentials.client_id, where)
+        try:
+            self._mqtt.reconnect()
+        except _Cancelled:
+            return
+        except ssl.SSLCertVerificationError as error:
+            refusal = ConnectRefused(
+                f"the certificate of {where} is not to be trusted: {error.verify_message}", False
+            )
+        except OSError as error:
+            refusal = ConnectRefused(f"cannot connect to {where}: {error.strerror or error}")
+        else:
+            return
+        self._lose(refusal)
+
+    def _dial(self) -> socket.socket:
+        """A connected socket, with TLS if wanted, within the time of one request. Any wake-up that wants the
+        connection ended ends it."""
+        client = self._client
+        end = time.monotonic() + client._timeout / 3
+        last: OSError | None = None
+        found = socket.getaddrinfo(client._host, client._port, type=socket.SOCK_STREAM)
+        for index, (family, kind, protocol, _, address) in enumerate(found):
+            # No address may use up the time of those after it.
+            deadline = time.monotonic() + max(0.0, end - time.monotonic()) / (len(found) - index)
+            raw = socket.socket(family, kind, protocol)
+            try:
+                raw.setblocking(False)
+                raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                code = raw.connect_ex(address)
+                if code not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
+                    raise OSError(code, os.strerror(code))
+                self._wait_for(raw, selectors.EVENT_WRITE, deadline)
+                code = raw.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                if code:
+                    raise OSError(code, os.strerror(code))
+                if client._context is None:
+                    return raw
+                return self._handshake(raw, client._context, deadline)
+            except _Cancelled:
+                raw.close()
+                raise
+            except OSError as error:
+                raw.close()
+                last = error
+        raise last or OSError("the name has no address")
+
+    def _handshake(self, raw: socket.socket, context: ssl.SSLContext, deadline: float) -> ssl.SSLSocket:
+        secure = context.wrap_socket(raw, server_hostname=self._client._host, do_handshake_on_connect=False)
+        try:
+            while True:
+                try:
+                    secure.do_handshake()
+                except ssl.SSLWantReadError:
+                    self._wait_for(secure, selectors.EVENT_READ, deadline)
+                except ssl.SSLWantWriteError:
+                    self._wait_for(secure, selectors.EVENT_WRITE, deadline)
+                else:
+                    return secure
+        except BaseException:
+            secure.close()
+            raise
+
+    def _clear_wake_up(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._woken.recv(4096)
+
+    def _wait_for(self, waited: socket.socket, event: int, deadline: float) -> None:
+        self._selector.register(waited, event)
+        try:
+            while True:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError(errno.ETIMEDOUT, "no answer in time")
+                ready = self._selector.select(left)
+                if self._ending or self._hang_up_wanted:
+                    raise _Cancelled
+                for key, _ in ready:
+                    if key.fileobj is waited:
+                        return
+                    self._clear_wake_up()
+        finally:
+            self._selector.unregister(waited)
+
+    # paho's callbacks, in this thread.
+
+    def _on_connect(
+        self, _client: Any, _userdata: Any, _flags: Any, reason_code: Any, _properties: Any
+    ) -> None:
+        with self._lock:
+            if self._hang_up_wanted:
+                return
+            code = _RETURN_CODES.get(reason_code.value, 1)
+            now, jitter = _now(), random.random()
+            if code == 0:
+                lifetime = int(self._client._token_lifetime * 1000)
+                self._client._perform(self._twin.connected(now, jitter, lifetime))
+            else:
+                self._client._perform(self._twin.refused(code, now, jitter))
+
+    def _on_subscribe(self, _client: Any, _userdata: Any, _mid: int, codes: Any, _properties: Any) -> None:
+        with self._lock:
+            if not self._hang_up_wanted:
+                granted = tuple(code.value for code in codes)
+                self._client._perform(self._twin.subscribed(granted, _now(), random.random()))
+
+    def _on_message(self, _client: Any, _userdata: Any, message: Any) -> None:
+        try:
+            topic = message.topic
+        except UnicodeDecodeError:
+            return
+        payload = message.payload
+        if _log.isEnabledFor(logging.DEBUG):
+            _log.debug("%s <- %s %r", self._client._credentials.client_id, topic, payload[:_LOGGED])
+        with self._lock:
+            if not self._hang_up_wanted:
+                self._client._perform(self._twin.message_received(topic, payload, _now(), random.random()))
+
+
+def _now() -> int:
+    return time.monotonic_ns() // 1_000_000
+
+
+def _copied(document: Any) -> Document:
+    # The fastest deep copy of JSON that CPython has.
+    copied: Document = marshal.loads(marshal.dumps(document))  # noqa: S302  # it reads what it has just written
+    return copied
+
+
+def _is_loopback(host: str) -> bool:
+    return host == "localhost" or host == "::1" or host.startswith("127.")
+
+
+# A trust store takes megabytes and milliseconds: the clients of one process share it.
+_contexts: "weakref.WeakValueDictionary[tuple[object, ...], ssl.SSLContext]" = weakref.WeakValueDictionary()
+_contexts_lock = threading.Lock()
+
+
+def _tls_context(ca_file: str | os.PathLike[str] | None) -> ssl.SSLContext:
+    key: tuple[object, ...] = ()
+    try:
+        if ca_file is not None:
+            # A file that was replaced is another file.
+            found = os.stat(ca_file)
+            key = (os.path.abspath(ca_file), found.st_mtime_ns, found.st_size, found.st_ino)
+        with _contexts_lock:
+            context = _contexts.get(key)
+            if context is None:
+                context = ssl.create_default_context(cafile=ca_file)
+                context.minimum_version = ssl.TLSVersion.TLSv1_2
+                _contexts[key] = context
+    except ssl.SSLError:
+        raise LocalError(f"ca_file {os.fspath(ca_file or '')!r} holds no certificate in PEM form") from None
+    except OSError as error:
+        raise LocalError(f"ca_file {os.fspath(ca_file or '')!r} cannot be read: {error.strerror}") from None
+    return context
