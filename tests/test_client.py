@@ -1,0 +1,762 @@
+"""TwinClient against the local hub, on real sockets with TLS and real paho."""
+
+import json
+import logging
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pytest_mock import MockerFixture
+
+import twin_device
+from tests.conftest import PATIENCE, App, wait_until
+from twin_device import (
+    ConnectRefused,
+    LocalError,
+    NotConnected,
+    PatchError,
+    ReportRejected,
+    ReportTimeout,
+    RetrieveTimeout,
+    TwinClient,
+)
+from twin_device import client as client_module
+from twin_device.hub import Device, LocalHub
+
+MakeApp = Callable[..., App]
+KEY = "MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY="
+
+
+def reported_patches(device: Device) -> list[dict[str, Any]]:
+    return [
+        json.loads(packet.payload)
+        for packet in device.packets
+        if packet.direction == "in"
+        and (packet.topic or "").startswith("$iothub/twin/PATCH/properties/reported/")
+    ]
+
+
+# ---------------------------------------------------------------------- the way in
+
+
+def test_the_first_twin_takes_six_packets_in_the_only_right_order(device: Device, app: App) -> None:
+    packets = device.packets
+    assert [(packet.direction, packet.kind) for packet in packets] == [
+        ("in", "CONNECT"),
+        ("out", "CONNACK"),
+        ("in", "SUBSCRIBE"),
+        ("out", "SUBACK"),
+        ("in", "PUBLISH"),
+        ("out", "PUBLISH"),
+    ]
+    assert packets[4].topic.startswith("$iothub/twin/GET/?$rid=")
+    assert packets[4].qos == 0
+    assert packets[4].payload == b""
+
+
+def test_the_first_document_is_one_patch_of_everything(make_app: MakeApp, device: Device) -> None:
+    app = make_app(device)
+    with app.client as client:
+        assert client.state == "synchronised"
+        assert app.next_patch() == {"telemetryInterval": 30}
+        assert client.desired == {"telemetryInterval": 30}
+        assert (client.desired_version, client.reported_version) == (1, 1)
+
+
+def test_desired_patches_arrive_whole_and_in_order(device: Device, app: App) -> None:
+    patches: list[dict[str, Any]] = [
+        {"a": {"b": 1}},
+        {"a": {"c": [1, 2]}},
+        {"a": {"b": None}},
+        {"telemetryInterval": None},
+    ]
+    for patch in patches:
+        device.patch_desired(patch)
+    assert [app.next_patch() for _ in patches] == patches
+    assert app.client.desired == {"a": {"c": [1, 2]}} == device.desired
+
+
+def test_what_changed_while_offline_is_one_exact_difference(
+    local_hub: LocalHub, device: Device, app: App
+) -> None:
+    device.patch_desired({"gone": 1, "kept": {"x": 1, "y": 2}})
+    app.next_patch()
+    local_hub.stop_listening()
+    app.await_state("offline")
+    device.patch_desired({"gone": None})
+    device.patch_desired({"telemetryInterval": 99})
+    device.replace_desired({"kept": {"x": 1}, "telemetryInterval": 5})
+    local_hub.listen_again()
+    assert app.next_patch() == {"gone": None, "kept": {"y": None}, "telemetryInterval": 5}
+    app.await_state("synchronised")
+    assert app.changes.empty()
+
+
+def test_a_module_has_a_twin_of_its_own(local_hub: LocalHub, make_app: MakeApp) -> None:
+    module = local_hub.create_device("gateway-7/thermostat", desired={"set": 21})
+    app = make_app(module)
+    with app.client as client:
+        assert app.next_patch() == {"set": 21}
+        client.report({"measured": 20.5})
+    assert module.reported == {"measured": 20.5}
+    assert local_hub.device("gateway-7").reported == {}
+
+
+def test_a_gateway_host_name_is_dialled_and_the_hubs_name_signed(make_app: MakeApp) -> None:
+    with LocalHub(host_names=("plant.azure-devices.net",)) as hub:
+        device = hub.create_device("dev-1", key=KEY)
+        text = (
+            f"HostName=plant.azure-devices.net;DeviceId=dev-1;SharedAccessKey={KEY};"
+            f"GatewayHostName=localhost:{hub.mqtts_port}"
+        )
+        with TwinClient.from_connection_string(text, ca_file=hub.ca_file, timeout=PATIENCE) as client:
+            assert client.report({"a": 1}) == 2
+        assert device.reported == {"a": 1}
+
+
+# ---------------------------------------------------------------------- reporting and retrieving
+
+
+def test_a_report_waits_for_the_answer_and_gives_the_version(device: Device, app: App) -> None:
+    assert app.client.report({"batteryLevel": 55}) == 2
+    assert app.client.report({"batteryLevel": None, "uptime": 1}) == 3
+    assert device.reported == {"uptime": 1} == app.client.reported
+
+
+def test_fifty_reports_while_one_is_in_flight_are_one_more_patch(
+    local_hub: LocalHub, device: Device, app: App
+) -> None:
+    fault = local_hub.fault("answer_late", operation="report", seconds_late=0.3, times=1)
+    first = app.client.report({"n": -1}, wait=False)
+    others = [app.client.report({"n": n, f"k{n % 7}": n}, wait=False) for n in range(50)]
+    assert first.wait() == 2
+    assert {report.wait() for report in others} == {3}
+    assert fault.hits == 1
+    assert len(reported_patches(device)) == 2
+    assert device.reported == {
+        "n": 49,
+        **{f"k{k}": max(n for n in range(50) if n % 7 == k) for k in range(7)},
+    }
+
+
+def test_reports_made_offline_leave_as_one_patch(local_hub: LocalHub, device: Device, app: App) -> None:
+    local_hub.stop_listening()
+    app.await_state("offline")
+    device.clear_packets()
+    reports = [app.client.report({"n": n}, wait=False) for n in range(50)]
+    local_hub.listen_again()
+    for report in reports:
+        report.wait()
+    assert reported_patches(device) == [{"n": 49}]
+
+
+def test_reports_made_before_the_first_connection_are_sent_after_it(
+    make_app: MakeApp, device: Device
+) -> None:
+    app = make_app(device)
+    report = app.client.report({"early": {"a": 1}}, wait=False)
+    app.client.report({"early": None}, wait=False)
+    app.client.report({"early": {"b": 2}}, wait=False)
+    app.client.connect()
+    assert report.wait() == 2
+    device.wait_for({"early": {"b": 2, "a": None}})
+
+
+def test_a_report_that_changes_nothing_is_answered_without_traffic(device: Device, app: App) -> None:
+    app.client.report({"a": {"b": 1}})
+    assert app.client.report({"a": {"b": 1}, "never": None}) == 2
+    assert len(reported_patches(device)) == 1
+    assert app.client.report({"a": {"b": 1}}, always=True) == 3
+    assert len(reported_patches(device)) == 2
+
+
+def test_a_condition_that_does_not_hold_is_a_412(device: Device, app: App) -> None:
+    version = app.client.report({"a": 1})
+    assert app.client.report({"a": 2}, version=version) == version + 1
+    with pytest.raises(ReportRejected) as raised:
+        app.client.report({"a": 3}, version=version)
+    assert raised.value.status == 412
+    assert device.reported == {"a": 2} == app.client.reported
+
+
+def test_an_invalid_patch_names_its_path_and_changes_nothing(device: Device, app: App) -> None:
+    app.client.report({"a": 1})
+    with pytest.raises(PatchError, match=r"b\.c\[1\]") as raised:
+        app.client.report({"a": 2, "b": {"c": [1, None]}})
+    assert raised.value.path == "b.c[1]"
+    assert app.client.report({"z": 1}) == 3
+    assert device.reported == {"a": 1, "z": 1}
+
+
+def test_a_patch_that_the_app_changes_afterwards_is_sent_as_it_was(device: Device, app: App) -> None:
+    patch: dict[str, Any] = {"list": [{"x": 1}]}
+    report = app.client.report(patch, wait=False)
+    patch["list"][0]["x"] = 2
+    report.wait()
+    assert device.reported == {"list": [{"x": 1}]}
+
+
+def test_retrieve_asks_the_hub_now(device: Device, app: App) -> None:
+    app.client.report({"a": 1})
+    assert app.client.retrieve() == {"desired": {"telemetryInterval": 30}, "reported": {"a": 1}}
+    assert app.client.statistics["retrieves"] == 2
+
+
+def test_a_wait_ends_in_time_and_the_report_still_arrives(
+    local_hub: LocalHub, device: Device, app: App
+) -> None:
+    local_hub.fault("answer_lost", times=2)
+    with pytest.raises(ReportTimeout, match="still on its way"):
+        app.client.report({"a": 1}, timeout=0.05)
+    with pytest.raises(RetrieveTimeout):
+        app.client.retrieve(timeout=0.05)
+    device.wait_for({"a": 1})
+
+
+def test_what_is_gathered_outlives_a_disconnect(make_app: MakeApp, device: Device) -> None:
+    app = make_app(device)
+    app.client.connect()
+    app.client.disconnect()
+    assert app.client.state == "offline"
+    report = app.client.report({"later": 1}, wait=False)
+    app.client.connect()
+    assert report.wait() == 2
+    assert device.reported == {"later": 1}
+
+
+def test_close_waits_for_the_reports_on_their_way(local_hub: LocalHub, device: Device, app: App) -> None:
+    local_hub.fault("answer_late", operation="report", seconds_late=0.2, times=1)
+    report = app.client.report({"last": "words"}, wait=False)
+    app.client.close()
+    assert report.wait() == 2
+
+
+def test_every_call_on_a_closed_or_unconnected_client_says_so(make_app: MakeApp, device: Device) -> None:
+    client = make_app(device).client
+    for call in (lambda: client.report({"a": 1}), client.retrieve):
+        with pytest.raises(NotConnected, match="connect"):
+            call()
+    report = client.report({"a": 1}, wait=False)
+    client.close()
+    for call in (
+        lambda: client.report({"a": 1}),
+        lambda: client.report({}, wait=False),
+        client.retrieve,
+        client.connect,
+    ):
+        with pytest.raises(NotConnected):
+            call()
+    with pytest.raises(NotConnected):
+        report.wait()
+    assert device.reported == {}
+
+
+# ---------------------------------------------------------------------- handlers
+
+
+def test_handlers_may_raise_and_everything_goes_on(device: Device, app: App) -> None:
+    @app.client.on_desired
+    def broken(patch: dict[str, Any], desired: dict[str, Any]) -> None:
+        raise KeyError("a bug of the app")
+
+    device.patch_desired({"a": 1})
+    device.patch_desired({"a": 2})
+    assert [app.next_patch(), app.next_patch()] == [{"a": 1}, {"a": 2}]
+    assert [type(app.next_error()), type(app.next_error())] == [KeyError, KeyError]
+    assert app.client.report({"still": "alive"}) == 2
+
+
+def test_an_error_handler_may_raise_too(device: Device, app: App, caplog: pytest.LogCaptureFixture) -> None:
+    @app.client.on_error
+    def broken(error: Exception) -> None:
+        raise ValueError("even here")
+
+    @app.client.on_desired
+    def broken_too(patch: dict[str, Any], desired: dict[str, Any]) -> None:
+        raise KeyError("a bug of the app")
+
+    device.patch_desired({"a": 1})
+    app.next_error()
+    device.patch_desired({"a": 2})
+    app.next_error()
+    assert "an error handler raised" in caplog.text
+
+
+def test_a_handler_may_call_the_blocking_methods(make_app: MakeApp, device: Device) -> None:
+    app = make_app(device)
+    results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    @app.client.on_desired
+    def answer(patch: dict[str, Any], desired: dict[str, Any]) -> None:
+        results.put(app.client.report({"got": patch}))
+        results.put(app.client.retrieve()["reported"])
+
+    app.client.connect()
+    assert results.get(timeout=PATIENCE) == 2
+    assert results.get(timeout=PATIENCE) == {"got": {"telemetryInterval": 30}}
+
+
+def test_a_handler_that_blocks_holds_up_handlers_only(device: Device, app: App) -> None:
+    release = threading.Event()
+    app.client.on_desired(lambda patch, desired: release.wait(PATIENCE))
+    device.patch_desired({"a": 1})
+    device.patch_desired({"a": 2})
+    assert app.next_patch() == {"a": 1}
+    assert app.client.report({"meanwhile": True}) == 2
+    assert app.client.retrieve()["desired"] == {"telemetryInterval": 30, "a": 2}
+    assert app.changes.empty()
+    release.set()
+    assert app.next_patch() == {"a": 2}
+
+
+def test_what_a_handler_does_to_its_documents_is_its_own_affair(device: Device, app: App) -> None:
+    @app.client.on_desired
+    def vandal(patch: dict[str, Any], desired: dict[str, Any]) -> None:
+        desired.clear()
+        patch["deep"]["list"].append("mine")
+
+    device.patch_desired({"deep": {"list": [1]}})
+    app.next_patch()
+    device.patch_desired({"deep": {"list": [2]}})
+    app.next_patch()
+    assert app.client.desired == {"telemetryInterval": 30, "deep": {"list": [2]}}
+
+
+def test_a_handler_may_close_the_client(device: Device, app: App) -> None:
+    app.client.on_desired(lambda patch, desired: app.client.close())
+    device.patch_desired({"a": 1})
+    wait_until(lambda: not twin_threads(), "the client's threads end")
+    assert app.client.state == "offline"
+
+
+def test_a_handler_may_reconnect_the_client(device: Device, app: App) -> None:
+    done = threading.Event()
+
+    @app.client.on_desired
+    def reconnect(patch: dict[str, Any], desired: dict[str, Any]) -> None:
+        if patch == {"reconnect": True}:
+            app.client.disconnect()
+            app.client.connect()
+            done.set()
+
+    device.patch_desired({"reconnect": True})
+    assert done.wait(PATIENCE)
+    device.patch_desired({"after": True})
+    assert app.next_patch() == {"reconnect": True}
+    assert app.next_patch() == {"after": True}
+    assert len(twin_threads()) == 2
+
+
+# ---------------------------------------------------------------------- settings
+
+
+def test_a_setting_goes_through_pending_to_success_and_failure(device: Device, app: App) -> None:
+    applied = []
+
+    @app.client.setting("telemetryConfig")
+    def apply(value: dict[str, Any]) -> None:
+        if value["sendFrequency"] == "0s":
+            raise ValueError("too often")
+        applied.append(value)
+
+    good = {"configId": "1", "sendFrequency": "5m"}
+    device.patch_desired({"telemetryConfig": good})
+    device.wait_for({"telemetryConfig": {**good, "status": "Success", "pendingConfig": None}})
+    assert reported_patches(device)[0] == {"telemetryConfig": {"status": "Pending", "pendingConfig": good}}
+    device.patch_desired({"telemetryConfig": {"configId": "2", "sendFrequency": "0s"}})
+    device.wait_for(
+        {"telemetryConfig": {**good, "status": "Failed", "reason": "too often", "pendingConfig": None}}
+    )
+    assert applied == [good]
+    assert isinstance(app.next_error(), ValueError)
+
+
+def test_a_setting_that_is_applied_is_not_applied_again(make_app: MakeApp, device: Device) -> None:
+    calls: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for _ in range(2):
+        # The second client is the device after a reboot: all it knows is what the hub tells.
+        app = make_app(device)
+        app.client.setting("telemetryInterval", shape="pnp")(calls.put)
+        app.client.connect()
+        device.wait_for({"telemetryInterval": {"value": 30, "ac": 200}})
+        app.client.retrieve()
+        app.client.close()
+    assert calls.get(timeout=PATIENCE) == 30
+    assert calls.empty()
+
+
+def test_a_setting_declared_late_is_looked_at_at_once(device: Device, app: App) -> None:
+    app.client.setting("telemetryInterval")(lambda value: None)
+    device.wait_for({"telemetryInterval": {"value": 30, "status": "Success"}})
+
+
+# ---------------------------------------------------------------------- threads and ends
+
+
+def twin_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("twin-")]
+
+
+def test_a_client_has_at_most_two_threads_and_leaves_none(make_app: MakeApp, device: Device) -> None:
+    app = make_app(device)
+    assert twin_threads() == []
+    app.client.connect()
+    assert len(twin_threads()) == 2
+    app.client.close()
+    assert twin_threads() == []
+    app.client.close()
+
+
+def test_connections_and_files_do_not_pile_up(make_app: MakeApp, device: Device) -> None:
+    app = make_app(device)
+    app.client.connect()
+    before = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0
+    for _ in range(10):
+        app.client.disconnect()
+        app.client.connect()
+    after = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0
+    assert after - before < 10
+
+
+def test_two_clients_with_one_identity_do_not_fight_hot(make_app: MakeApp, device: Device) -> None:
+    one, other = make_app(device), make_app(device)
+    one.client.connect()
+    other.client.connect(wait=False)
+    one.await_state("offline")
+    device.wait_for(lambda device: device.connections >= 4, PATIENCE)
+    other.client.close()
+    # Left alone, it comes back by itself and misses nothing.
+    device.patch_desired({"alone": True})
+    wait_until(lambda: one.client.desired.get("alone"), "the one that is left catches up")
+    # Thrown out again and again, each waits longer on average: far from a connection a millisecond.
+    assert device.connections < 40
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_run_forever_ends_at_a_signal(local_hub: LocalHub, device: Device, number: signal.Signals) -> None:
+    program = f"""
+from twin_device import TwinClient
+client = TwinClient.from_connection_string({device.connection_string!r}, ca_file={str(local_hub.ca_file)!r})
+with client:
+    client.report({{"running": True}})
+    client.run_forever()
+print("the end")
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        device.wait_for({"running": True}, PATIENCE)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, output) == (0, "the end\n")
+
+
+def test_run_forever_ends_when_the_client_is_closed(app: App) -> None:
+    ended = threading.Thread(target=app.client.run_forever)
+    ended.start()
+    app.client.close()
+    ended.join(PATIENCE)
+    assert not ended.is_alive()
+
+
+# ---------------------------------------------------------------------- refused, and nobody there
+
+
+def test_a_wrong_key_is_told_at_once_and_leaves_nothing(local_hub: LocalHub, device: Device) -> None:
+    text = device.connection_string.rpartition("SharedAccessKey=")[0] + "SharedAccessKey=" + KEY
+    client = TwinClient.from_connection_string(text, ca_file=local_hub.ca_file, timeout=PATIENCE)
+    with pytest.raises(ConnectRefused, match="key and the clock") as raised:
+        client.connect()
+    assert not raised.value.can_retry
+    assert twin_threads() == []
+    assert device.connections == 0
+
+
+def test_a_key_that_becomes_right_is_tried_again_by_hand(local_hub: LocalHub, device: Device) -> None:
+    device.disable()
+    client = TwinClient.from_connection_string(
+        device.connection_string, ca_file=local_hub.ca_file, timeout=PATIENCE
+    )
+    with pytest.raises(ConnectRefused):
+        client.connect()
+    device.enable()
+    with client:
+        assert client.report({"a": 1}) == 2
+
+
+def test_an_unknown_ca_is_told_at_once(device: Device) -> None:
+    client = TwinClient.from_connection_string(device.connection_string, timeout=PATIENCE)
+    with pytest.raises(ConnectRefused, match=r"certificate .* not to be trusted") as raised:
+        client.connect()
+    assert not raised.value.can_retry
+    assert twin_threads() == []
+
+
+def test_a_wrong_host_name_is_told_at_once(local_hub: LocalHub, device: Device) -> None:
+    text = device.connection_string + f";GatewayHostName=127.0.0.2:{local_hub.mqtts_port}"
+    client = TwinClient.from_connection_string(text, ca_file=local_hub.ca_file, timeout=PATIENCE)
+    with pytest.raises(ConnectRefused, match=r"127\.0\.0\.2"):
+        client.connect()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "cannot be read"), ("no certificate", "no certificate in PEM form")]
+)
+def test_a_bad_ca_file_is_named(device: Device, tmp_path: Any, content: str | None, message: str) -> None:
+    path = tmp_path / "ca.pem"
+    if content is not None:
+        path.write_text(content)
+    client = TwinClient.from_connection_string(device.connection_string, ca_file=path)
+    with pytest.raises(LocalError, match=message):
+        client.connect()
+    assert twin_threads() == []
+
+
+def test_nobody_there_is_told_in_time(local_hub: LocalHub, device: Device) -> None:
+    local_hub.stop_listening()
+    client = TwinClient.from_connection_string(device.connection_string, ca_file=local_hub.ca_file)
+    started = time.monotonic()
+    with pytest.raises(ConnectRefused, match="cannot connect to localhost") as raised:
+        client.connect(timeout=0.3)
+    assert raised.value.can_retry
+    assert time.monotonic() - started < PATIENCE
+    assert twin_threads() == []
+
+
+@pytest.mark.parametrize("fault", ["half_open", "hanging_tls"])
+def test_a_hub_that_never_answers_does_not_hold_the_app(
+    local_hub: LocalHub, device: Device, fault: str
+) -> None:
+    local_hub.fault(fault)
+    client = TwinClient.from_connection_string(device.connection_string, ca_file=local_hub.ca_file)
+    started = time.monotonic()
+    with pytest.raises(ConnectRefused):
+        client.connect(timeout=0.3)
+    # Long before the deadline of the handshake itself (20 s).
+    assert time.monotonic() - started < PATIENCE
+    assert twin_threads() == []
+
+
+def test_a_client_started_without_a_hub_finds_it_later(
+    local_hub: LocalHub, make_app: MakeApp, device: Device
+) -> None:
+    local_hub.stop_listening()
+    app = make_app(device)
+    app.client.connect(wait=False)
+    report = app.client.report({"patient": True}, wait=False)
+    wait_until(lambda: app.client.statistics["last_error"], "a first attempt fails")
+    local_hub.listen_again()
+    assert report.wait() == 2
+
+
+def test_the_token_is_replaced_before_it_expires(
+    local_hub: LocalHub, make_app: MakeApp, device: Device
+) -> None:
+    app = make_app(device, token_lifetime=2.0)
+    app.client.connect()
+    count = 0
+    while device.connections < 2:
+        count += 1
+        app.client.report({"count": count})
+    assert app.client.report({"last": True}) is not None
+    assert device.reported == {"count": count, "last": True}
+    assert app.errors.empty()
+
+
+# ---------------------------------------------------------------------- options, secrets, costs
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep_alive": 0}, "keep_alive"),
+        ({"keep_alive": 1178}, "keep_alive"),
+        ({"timeout": 0}, "timeout"),
+        ({"timeout": float("nan")}, "timeout"),
+        ({"token_lifetime": -1}, "token_lifetime"),
+        ({"port": 65536}, "port"),
+        ({"key": "not base64!"}, "SharedAccessKey"),
+        ({"device_id": "a b"}, "DeviceId"),
+        ({"host": "https://hub"}, "HostName"),
+    ],
+)
+def test_bad_options_are_refused_by_name(options: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"host": "localhost", "device_id": "dev-1", "key": KEY, **options}
+    with pytest.raises(LocalError, match=message):
+        TwinClient(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("host", "options", "port"),
+    [
+        ("myhub.azure-devices.net", {}, 8883),
+        ("localhost:18883", {}, 18883),
+        ("localhost", {"tls": False}, 1883),
+        ("localhost", {"port": 443}, 443),
+    ],
+)
+def test_the_port_that_is_dialled(host: str, options: dict[str, Any], port: int) -> None:
+    client = TwinClient(host, "dev-1", key=KEY, **options)
+    assert repr(client) == f"<TwinClient dev-1 at {host.partition(':')[0]}:{port}, offline>"
+
+
+def test_plaintext_works_where_it_is_asked_for() -> None:
+    with LocalHub(mqtts_port=None, mqtt_port=0) as hub:
+        device = hub.create_device("dev-1")
+        with TwinClient.from_connection_string(
+            device.plaintext_connection_string, tls=False, timeout=PATIENCE
+        ) as client:
+            assert client.report({"a": 1}) == 2
+
+
+@pytest.mark.parametrize(
+    ("host", "warned"), [("localhost", False), ("127.0.0.1", False), ("hub.example", True)]
+)
+def test_plaintext_off_loopback_is_warned_about(
+    mocker: MockerFixture, caplog: pytest.LogCaptureFixture, host: str, warned: bool
+) -> None:
+    # The network is cut off: only the warning is of interest.
+    mocker.patch.object(client_module, "_Network")
+    client = TwinClient(host, "dev-1", key=KEY, tls=False)
+    client.connect(wait=False)
+    assert ("plaintext" in caplog.text) is warned
+    client.disconnect()
+
+
+def test_clients_of_one_process_share_a_trust_store(local_hub: LocalHub, tmp_path: Any) -> None:
+    ca = local_hub.ca_file
+    first = client_module._tls_context(ca)
+    assert client_module._tls_context(str(ca)) is first
+    assert first.minimum_version.name == "TLSv1_2"
+    copy = tmp_path / "ca.pem"
+    copy.write_bytes(Path(ca).read_bytes())
+    assert client_module._tls_context(copy) is not first
+
+
+def test_no_secret_reaches_a_log_or_a_repr(
+    make_app: MakeApp, device: Device, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    app = make_app(device)
+    with app.client as client:
+        client.report({"a": 1})
+        shown = repr(client) + repr(vars(client)) + caplog.text
+    key = device.connection_string.rpartition("SharedAccessKey=")[2]
+    assert "$iothub/twin/PATCH/properties/reported" in caplog.text
+    assert key not in shown
+    assert "sig=" not in shown
+    assert "SharedAccessSignature" not in shown
+
+
+def test_info_logging_is_quiet_enough_to_leave_on(
+    make_app: MakeApp, device: Device, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="twin_device.client")
+    app = make_app(device)
+    with app.client as client:
+        for n in range(20):
+            client.report({"n": n})
+    ours = [record for record in caplog.records if record.name == "twin_device.client"]
+    assert len(ours) <= 3
+
+
+def test_the_statistics_are_a_snapshot(device: Device, app: App) -> None:
+    before = app.client.statistics
+    app.client.report({"a": 1})
+    assert before["reports"] == 0
+    assert app.client.statistics == {
+        "connects": 1,
+        "retrieves": 1,
+        "notifications": 0,
+        "stale": 0,
+        "gaps": 0,
+        "reports": 1,
+        "coalesced": 0,
+        "rejected": 0,
+        "throttled": 0,
+        "ignored": 0,
+        "last_error": None,
+    }
+
+
+def test_a_desired_patch_takes_at_most_fifteen_calls_to_the_handler(
+    make_app: MakeApp, device: Device
+) -> None:
+    """Counted from paho's on_message to the first line of the handler, over both threads."""
+    package = os.path.dirname(twin_device.__file__)
+    calls: list[str] = []
+    counting = threading.Event()
+    handled = threading.Event()
+
+    def profile(frame: Any, event: str, _argument: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(package):
+            if frame.f_code.co_name == "_on_message":
+                counting.set()
+            if counting.is_set() and not handled.is_set():
+                calls.append(frame.f_code.co_name)
+
+    app = make_app(device)
+    threading.setprofile(profile)
+    try:
+        app.client.connect()
+    finally:
+        threading.setprofile(None)
+    app.next_patch()
+    app.client.retrieve()
+    counting.clear()
+    calls.clear()
+
+    app.client._on_desired.insert(0, lambda patch, desired: handled.set())
+    patch = {
+        "telemetryInterval": 15,
+        "temperatureThreshold": {"min": 20.0, "max": 26.0},
+        "loggingLevel": "info",
+    }
+    device.patch_desired(patch)
+    assert app.next_patch() == patch
+    # After _on_message the network thread goes back to waiting: its steps are not on the way.
+    way = [name for name in calls if name not in ("_step", "_watch", "_read", "_check", "deadline")]
+    assert "message_received" in way
+    assert len(way) <= 15, way
+
+
+@pytest.mark.parametrize("statement", ["import twin_device", "from twin_device import TwinClient"])
+def test_importing_brings_in_nothing_that_a_device_does_not_need(statement: str) -> None:
+    program = statement + "; import sys; print(*sys.modules)"
+    found = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout.split()
+    unwanted = {"asyncio", "argparse", "twin_device.hub", "twin_device.cli", "twin_device.demo", "trustme"}
+    assert unwanted.isdisjoint(found)
+    assert ("paho.mqtt.client" in found) is ("TwinClient" in statement)
+
+
+def test_the_public_names_are_few_and_all_there() -> None:
+    assert twin_device.__all__ == sorted(twin_device.__all__)
+    for name in twin_device.__all__:
+        assert getattr(twin_device, name).__module__.startswith("twin_device.")
+    with pytest.raises(AttributeError, match="nothing_of_the_kind"):
+        _ = twin_device.nothing_of_the_kind
+
+
+def test_an_answer_split_into_single_bytes_is_still_one_answer(device: Device, app: App) -> None:
+    # 32 KB in one notification: more than one TLS record, many reads.
+    big = {f"key{n}": "x" * 900 for n in range(30)}
+    device.patch_desired(big)
+    assert app.next_patch() == big
+    assert app.client.desired == device.desired
+
+
+def test_a_name_without_an_address_is_told(mocker: MockerFixture) -> None:
+    mocker.patch.object(socket, "getaddrinfo", side_effect=socket.gaierror(-2, "Name or service not known"))
+    client = TwinClient("no-such-hub.example", "dev-1", key=KEY)
+    with pytest.raises(ConnectRefused, match="Name or service not known"):
+        client.connect(timeout=0.2)
