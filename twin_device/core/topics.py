@@ -87,13 +87,13 @@ def _integer(text: str) -> "int | None":
 
 def _percent_decoded(text: str) -> str:
     head, *rest = text.split("%")
-    data = head.encode()
-    for part in rest:
-        # int() alone would take "+1" and " 1".
-        if len(part) < 2 or part[0] not in _HEX or part[1] not in _HEX:
-            return text
-        data += bytes((int(part[:2], 16),)) + part[2:].encode()
     try:
+        data = head.encode()
+        for part in rest:
+            # int() alone would take "+1" and " 1".
+            if len(part) < 2 or part[0] not in _HEX or part[1] not in _HEX:
+                return text
+            data += bytes((int(part[:2], 16),)) + part[2:].encode()
         return data.decode()
     except ValueError:
         return text
