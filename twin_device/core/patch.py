@@ -15,6 +15,8 @@ MAX_INTEGER = 4503599627370495
 MIN_INTEGER = -4503599627370496
 MAX_DEPTH = 10  # objects and arrays below the section
 MAX_SECTION = 32768  # bytes by the hub's own size rule, see size()
+# What the hub sends nests at most 2 deeper than MAX_DEPTH; what follows recurses, on small stacks too.
+_MAX_NESTING = 20
 
 
 def _no_number(word: str) -> object:
@@ -23,25 +25,67 @@ def _no_number(word: str) -> object:
 
 # The differences of the two json modules, in one place.
 if sys.implementation.name == "micropython":
-
-    def loads(payload: bytes) -> object:
-        return json.loads(payload.decode())
+    _decode = json.loads
 
     def dumps(document: object) -> str:
         return json.dumps(document, separators=(",", ":"))
 
 else:
     # json.loads with options builds a decoder at every call, and accepts NaN without one.
-    _decode = json.JSONDecoder(parse_constant=_no_number).decode
-    _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
-
-    def loads(payload: bytes) -> object:
-        """The JSON value of UTF-8 bytes. ValueError or RuntimeError (nested too deep) if it is none."""
-        return _decode(payload.decode())
+    _decode = json.JSONDecoder(parse_constant=_no_number).decode  # type: ignore[assignment]  # called alike
+    _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
     def dumps(document: object) -> str:
         """The document as compact JSON, non-ASCII characters as they are."""
         return _encode(document)
+
+
+def loads(payload: bytes) -> object:
+    """The JSON value of UTF-8 bytes. ValueError or RuntimeError if it is none, or nests deeper than 20."""
+    text = payload.decode()
+    if "\\ud" in text or "\\uD" in text:
+        text = _without_surrogates(text)
+    value: object = _decode(text)
+    # Counting first spares the walk where it cannot find anything.
+    if text.count("{") + text.count("[") > _MAX_NESTING and _is_deeper(value, _MAX_NESTING):
+        raise ValueError("nested too deep")
+    return value
+
+
+def _without_surrogates(text: str) -> str:
+    # MicroPython's json takes an escaped pair for two characters, and neither json minds a lone surrogate,
+    # which no UTF-8 can say again.
+    result = ""
+    start = 0
+    at = text.find("\\")
+    while at >= 0:
+        after = at + 2
+        if text[at + 1 : after] == "u":
+            after = at + 6
+            high = int(text[at + 2 : after], 16)
+            if 0xD800 <= high < 0xE000:
+                result += text[start:at]
+                start = after
+                low = 0
+                if high < 0xDC00 and text[after : after + 2] == "\\u":
+                    low = int(text[after + 2 : after + 6], 16)
+                if 0xDC00 <= low < 0xE000:
+                    result += chr(((high - 0xD800) << 10) + low + 0x2400)
+                    start = after = after + 6
+                else:
+                    result += "\ufffd"
+        at = text.find("\\", after)
+    return result + text[start:]
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    if isinstance(value, dict):
+        members = list(value.values())
+    elif isinstance(value, list):
+        members = value
+    else:
+        return False
+    return levels == 0 or any(_is_deeper(member, levels - 1) for member in members)
 
 
 def copy(value: object) -> object:
@@ -107,19 +151,31 @@ def diff(old: "dict[str, object]", new: "dict[str, object]") -> "dict[str, objec
     return patch
 
 
-def compose(first: "dict[str, object]", second: "dict[str, object]") -> "dict[str, object] | None":
+def compose(
+    first: "dict[str, object]", second: "dict[str, object]", base: "dict[str, object] | None" = None
+) -> "dict[str, object] | None":
     """One patch that does what first and then second do; None where no single merge patch can.
 
     An object that follows a null or a plain value replaces it, and a merge patch has no way to say
     "replace by this object": merged into what the hub may hold there, it keeps the hub's other members.
+    base: what the patches are merged into, where that is known; then there always is such a patch. It
+    leads to the same document from merge(base, first), too.
     """
     result = dict(first)
     for key, value in second.items():
         if isinstance(value, dict) and key in result:
             before = result[key]
-            if not isinstance(before, dict):
+            under = None
+            if base is not None:
+                member = base.get(key)
+                under = member if isinstance(member, dict) else {}
+            if isinstance(before, dict):
+                inner = compose(before, value, under)
+            elif under is None:
                 return None
-            inner = compose(before, value)
+            else:
+                whole = merge(None, value)
+                inner = compose(diff(under, whole), whole)
             if inner is None:
                 return None
             result[key] = inner
