@@ -115,7 +115,7 @@ class Twin:
         self.desired: "dict[str, object]" = {} if desired is None else desired
         self.desired_version: "int | None" = None
         # What the hub is known to hold; None until the first document, and always without keep_reported.
-        self.reported = reported
+        self.reported = reported if keep_reported else None
         self.reported_version: "int | None" = None
         self.statistics: "dict[str, object]" = {
             "connects": 0,
@@ -143,6 +143,8 @@ class Twin:
         self._lost = 0
         self._stable_at: "int | None" = None
         self._renew_at: "int | None" = None
+        # True once the renewal is due: it waits for what is in flight, and nothing more is sent.
+        self._renewing = False
         # Retrieving: its request id and deadline while one is in flight, else when to send one.
         self._get: "str | None" = None
         self._get_wait = 0
@@ -158,6 +160,8 @@ class Twin:
         self._flight_patch: "dict[str, object]" = {}
         self._flight_parts: "list[_Part]" = []
         self._flight_wait = 0
+        # True while nobody knows whether the hub merged the last patch in flight.
+        self._unsure = False
         self._report_at = 0
         self._report_tries = 0
         self._queue: "list[_Part]" = []
@@ -179,13 +183,13 @@ class Twin:
         times = []
         if self._get is not None:
             times.append(self._get_wait)
-        elif self._get_at is not None:
+        elif self._get_at is not None and not self._renewing:
             times.append(self._get_at)
         if self._flight is not None:
             times.append(self._flight_wait)
-        elif self._queue and self._known:
+        elif self._queue and self._known and not self._renewing:
             times.append(self._report_at)
-        if self._renew_at is not None and self._flight is None and self._get is None:
+        if self._renew_at is not None and self._known:
             times.append(self._renew_at)
         return min(times) if times else None
 
@@ -227,13 +231,13 @@ class Twin:
         """Give up everything that is gathered or asked: each ticket ends in NotConnected."""
         error = NotConnected("the client was closed before the hub answered")
         out: "list[object]" = []
-        for part in self._flight_parts + self._queue:
+        self._requeue()
+        for part in self._queue:
             if part.ticket is not None:
                 out.append(Reported(part.ticket, None, error))
         for ticket in self._askers + self._next_askers:
             out.append(Retrieved(ticket, None, error))
-        self._flight = None
-        self._queue, self._flight_parts, self._askers, self._next_askers = [], [], [], []
+        self._queue, self._askers, self._next_askers = [], [], []
         return out
 
     def connected(self, now: int, jitter: float, lifetime: "int | None" = None) -> "list[object]":
@@ -389,12 +393,9 @@ class Twin:
             and not last.alone
             and last.ticket is not None
         ):
-            joined = compose(last.patch, patch)
-            if joined is None and self.reported is not None:
-                target = self.target
-                del self._queue[-1]
-                joined = diff(self.target, merge(target, patch))
-                self._queue.append(last)
+            del self._queue[-1]
+            joined = compose(last.patch, patch, None if self.reported is None else self.target)
+            self._queue.append(last)
             if joined is not None:
                 last.patch = joined
                 self._count("coalesced")
@@ -443,6 +444,7 @@ class Twin:
         self._requeue()
         self._known = False
         self._renew_at = None
+        self._renewing = False
         self._enter(OFFLINE, out)
 
     def _lose(self, now: int, jitter: float, error: "Exception | None", out: "list[object]") -> None:
@@ -560,9 +562,9 @@ class Twin:
     def _retrieve_refused(
         self, where: Topic, payload: bytes, now: int, jitter: float, out: "list[object]"
     ) -> None:
-        status, retry_after = where.status, where.retry_after
+        status = where.status
         code, tracking_id, message = _explained(payload)
-        delay = _retry_delay(status, code, self._get_tries, jitter)
+        delay = _retry_delay(where, code, self._get_tries, jitter)
         if delay is None:
             error = RetrieveRejected(status, code, tracking_id, message)
             for ticket in self._askers:
@@ -575,7 +577,7 @@ class Twin:
             self._note("status " + str(status) + " to a retrieve")
         self._get_tries += 1
         if self.state == RETRIEVING or self._askers:
-            self._get_at = now + max(delay, (retry_after or 0) * 1000)
+            self._get_at = now + delay
         self._flow(now, out)
 
     def _adopt(
@@ -587,11 +589,7 @@ class Twin:
         self._kept.sort(key=lambda kept: kept.version)
         for kept in self._kept:
             if kept.version == version + 1:
-                try:
-                    desired = merge(desired, kept.patch)
-                except RuntimeError:
-                    self._again = True
-                    continue
+                desired = merge(desired, kept.patch)
                 version += 1
                 self._count("notifications")
             elif kept.version <= version or kept.outlived:
@@ -628,14 +626,15 @@ class Twin:
             return
         before = self.reported
         self._bound = None
+        # Where the answer was lost, only the document can tell whether the patch was merged.
+        merged = self._unsure and same(merge(reported, self._flight_patch), reported)
+        self._unsure = False
+        if merged and before is not None:
+            before = merge(before, self._flight_patch)
         for part in self._queue[:1]:
-            # A conditional report whose answer was lost: only the document can tell whether it was applied.
             if part.version is not None and part.tries and (version != part.version or part.tries == 2):
-                patch: "dict[str, object]" = part.patch
                 del self._queue[0]
-                if same(merge(reported, patch), reported):
-                    if before is not None:
-                        before = merge(before, patch)
+                if merged:
                     out.append(Reported(part.ticket, version, None))
                 else:
                     self._count("rejected")
@@ -648,6 +647,8 @@ class Twin:
         self.reported = reported
 
     def _requeue(self) -> None:
+        if self._flight is not None:
+            self._unsure = True
         for part in self._flight_parts:
             part.tries = max(part.tries, 1)
         self._queue = self._flight_parts + self._queue
@@ -658,7 +659,10 @@ class Twin:
         """Send whatever may go now: at most one retrieve and one report are in flight."""
         if self.state != RETRIEVING and self.state != SYNCHRONISED:
             return
-        renewing = self._renew_at is not None and now >= self._renew_at
+        if self._renew_at is not None and now >= self._renew_at and self._known:
+            self._renew_at = None
+            self._renewing = True
+        renewing = self._renewing
         if self._get is None and not renewing:
             if self._next_askers and self._known and self._get_at is None:
                 self._get_at = now
@@ -724,7 +728,10 @@ class Twin:
                 break
             target = merge(target, part.patch)
             parts.append(part)
-        return parts, diff(self.reported, target) or None
+        if not self._unsure:
+            return parts, diff(self.reported, target) or None
+        lost = self._flight_patch
+        return parts, compose(lost, diff(merge(self.reported, lost), target), self.reported)
 
     def _answered(self, where: Topic, payload: bytes, now: int, jitter: float, out: "list[object]") -> None:
         status, version = where.status, where.version
@@ -735,16 +742,17 @@ class Twin:
             self.reported_version = version
             self._report_tries = 0
             self._moved = True
+            self._unsure = False
             for part in parts:
                 if part.ticket is not None:
                     out.append(Reported(part.ticket, version, None))
         else:
             code, tracking_id, message = _explained(payload)
-            delay = _retry_delay(status, code, self._report_tries, jitter)
+            delay = _retry_delay(where, code, self._report_tries, jitter)
             if delay is not None:
                 self._queue = parts + self._queue
                 self._report_tries += 1
-                self._report_at = now + max(delay, (where.retry_after or 0) * 1000)
+                self._report_at = now + delay
                 self._count("throttled")
                 self._note("status " + str(status) + " to a report")
             elif status == 412 and parts[0].tries and self._keep_reported:
@@ -759,6 +767,7 @@ class Twin:
 
     def _refuse(self, parts: "list[_Part]", error: ReportRejected, out: "list[object]") -> None:
         self._bound = None
+        self._unsure = False
         self._note(error)
         if len(parts) > 1:
             # The hub refuses a patch whole. Each part goes again by itself: only the guilty one is lost.
@@ -796,13 +805,17 @@ def _explained(payload: bytes) -> "tuple[object, object, object]":
     return body.get("errorCode"), body.get("trackingId"), body.get("message")
 
 
-def _retry_delay(status: int, code: object, tries: int, jitter: float) -> "int | None":
-    """Milliseconds until a request with this status is worth sending again; None if it never is."""
+def _retry_delay(where: Topic, code: object, tries: int, jitter: float) -> "int | None":
+    """Milliseconds until a request with this answer is worth sending again; None if it never is."""
+    status = where.status
     if status == 429 or status >= 500 or status in (408, 499):
-        return _half_jitter(_BACKOFF, _BACKOFF_CAP, tries, jitter)
-    if status == 403 and code == 403002:
-        return _half_jitter(_SLOW, _SLOW_CAP, tries, jitter)
-    return None
+        delay = _half_jitter(_BACKOFF, _BACKOFF_CAP, tries, jitter)
+    elif status == 403 and code == 403002:
+        delay = _half_jitter(_SLOW, _SLOW_CAP, tries, jitter)
+    else:
+        return None
+    # The hub knows best, but no wait is without end.
+    return max(delay, min((where.retry_after or 0) * 1000, _SLOW_CAP))
 
 
 def _half_jitter(base: int, cap: int, tries: int, jitter: float) -> int:

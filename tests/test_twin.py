@@ -1,0 +1,1839 @@
+"""The state machine against the rules of a correct twin client, rule by rule; then against a hub that misbehaves.
+
+The numbers are those of the rules: 1 synchronising, 2 desired notifications, 3 reporting, 4 time.
+"""
+
+import copy
+import itertools
+import json
+import os
+import random
+import re
+import sys
+
+import pytest
+
+from twin_device.core import twin as machine
+from twin_device.core.errors import (
+    ConnectRefused,
+    LocalError,
+    NotConnected,
+    PatchError,
+    RemoteError,
+    ReportRejected,
+    RetrieveRejected,
+)
+from twin_device.core.twin import (
+    OFFLINE,
+    RETRIEVING,
+    SUBSCRIBING,
+    SYNCHRONISED,
+    Connect,
+    DesiredChanged,
+    Disconnect,
+    Failed,
+    Publish,
+    Reported,
+    Retrieved,
+    StateChanged,
+    Subscribe,
+    Twin,
+)
+
+SECOND = 1000
+MINUTE = 60 * SECOND
+TIMEOUT = 20 * SECOND
+FILTERS = ("$iothub/twin/res/#", "$iothub/twin/PATCH/properties/desired/#")
+
+
+def apply(document, patch):
+    """The hub's merge (RFC 7396), in words of its own."""
+    result = {key: value for key, value in document.items() if patch.get(key, 0) is not None}
+    for key, value in patch.items():
+        if isinstance(value, dict):
+            before = document.get(key)
+            result[key] = apply(before if isinstance(before, dict) else {}, value)
+        elif value is not None:
+            result[key] = copy.deepcopy(value)
+    return result
+
+
+def request_id(topic):
+    return re.search(r"\$rid=([^&]*)", topic).group(1)
+
+
+def condition(topic):
+    found = re.search(r"\$version=(\d+)", topic)
+    return int(found.group(1)) if found else None
+
+
+def is_retrieve(output):
+    return type(output) is Publish and output.topic.startswith("$iothub/twin/GET/?")
+
+
+def is_report(output):
+    return type(output) is Publish and output.topic.startswith("$iothub/twin/PATCH/properties/reported/?")
+
+
+def kinds(outputs):
+    """Names of outputs, as the state table writes them."""
+    names = []
+    for output in outputs:
+        name = type(output).__name__
+        if is_retrieve(output):
+            name = "retrieve"
+        elif is_report(output):
+            name = "report"
+        elif type(output) is StateChanged:
+            name = f"{output.old} -> {output.new}"
+        names.append(name)
+    return names
+
+
+class Bench:
+    """A twin on a bench: a clock set by hand, and what it last answered.
+
+    After every input it is checked that the deadline tells when tick() has something to do, no sooner and no
+    later, and that never more than one retrieve and one report are in flight.
+    """
+
+    def __init__(self, **options):
+        self.twin = Twin(**options)
+        self.now = 5 * SECOND
+        self.jitter = 0.5
+        self.out = []
+        self.get = self.sent = None  # request ids in flight
+        self.patch = None  # the last patch sent
+        self.when = None  # the condition of the last report
+        self.tickets = {}  # ticket: the outputs that ended it
+
+    def take(self, outputs):
+        self.out = outputs
+        for output in outputs:
+            if is_retrieve(output):
+                assert self.get is None, "two retrieves in flight"
+                assert output.payload == b""
+                self.get = request_id(output.topic)
+            elif is_report(output):
+                assert self.sent is None, "two reports in flight"
+                self.sent = request_id(output.topic)
+                self.patch = json.loads(output.payload)
+                self.when = condition(output.topic)
+            elif type(output) in (Connect, Disconnect):
+                self.get = self.sent = None
+            elif type(output) in (Reported, Retrieved):
+                self.tickets.setdefault(output.ticket, []).append(output)
+        deadline = self.twin.deadline
+        if deadline is not None and deadline > self.now:
+            assert copy.deepcopy(self.twin).tick(deadline - 1, self.jitter) == []
+        return outputs
+
+    # What can happen to a twin.
+
+    def start(self):
+        return self.take(self.twin.start(self.now))
+
+    def stop(self):
+        return self.take(self.twin.stop())
+
+    def connected(self, lifetime=None):
+        return self.take(self.twin.connected(self.now, self.jitter, lifetime))
+
+    def refused(self, code):
+        return self.take(self.twin.refused(code, self.now, self.jitter))
+
+    def disconnected(self, error=None):
+        self.get = self.sent = None
+        return self.take(self.twin.disconnected(self.now, self.jitter, error))
+
+    def subscribed(self, granted=(0, 0)):
+        return self.take(self.twin.subscribed(granted, self.now, self.jitter))
+
+    def message(self, topic, payload=b""):
+        return self.take(self.twin.message_received(topic, payload, self.now, self.jitter))
+
+    def document(self, desired=None, version=1, reported=None, reported_version=1):
+        """The hub answers the retrieve in flight."""
+        body = {
+            "desired": {**(desired or {}), "$version": version},
+            "reported": {**(reported or {}), "$version": reported_version},
+        }
+        return self.answer_get(200, json.dumps(body).encode())
+
+    def answer_get(self, status, payload=b"", extra=""):
+        topic, self.get = f"$iothub/twin/res/{status}/?$rid={self.get}{extra}", None
+        return self.message(topic, payload)
+
+    def answer(self, status=204, version=None, payload=b"", extra=""):
+        """The hub answers the report in flight."""
+        if version is not None:
+            extra += f"&$version={version}"
+        topic, self.sent = f"$iothub/twin/res/{status}/?$rid={self.sent}{extra}", None
+        return self.message(topic, payload)
+
+    def notify(self, patch, version):
+        topic = f"$iothub/twin/PATCH/properties/desired/?$version={version}"
+        return self.message(topic, json.dumps({**patch, "$version": version}).encode())
+
+    def report(self, patch, **options):
+        ticket, outputs = self.twin.report(patch, self.now, **options)
+        self.take(outputs)
+        return ticket
+
+    def retrieve(self):
+        ticket, outputs = self.twin.retrieve(self.now)
+        self.take(outputs)
+        return ticket
+
+    def tick(self):
+        """Time passes up to the deadline."""
+        self.now = max(self.now, self.twin.deadline)
+        get, sent = self.get, self.sent
+        # What is past its deadline is given up.
+        if get is not None and self.twin._get_wait <= self.now:
+            self.get = None
+        if sent is not None and self.twin._flight_wait <= self.now:
+            self.sent = None
+        outputs = self.take(self.twin.tick(self.now, self.jitter))
+        assert outputs or self.twin.deadline is None or self.twin.deadline > self.now, "tick spins"
+        return outputs
+
+    def wait(self, milliseconds):
+        """Time passes, and tick() is called whenever it is due. Everything that it gave."""
+        end = self.now + milliseconds
+        given = []
+        while self.twin.deadline is not None and self.twin.deadline <= end:
+            given += self.tick()
+        self.now = end
+        return given
+
+    # Shortcuts to a state.
+
+    def retrieving(self, lifetime=None):
+        self.start()
+        self.connected(lifetime)
+        self.subscribed()
+        return self
+
+    def synchronised(self, desired=None, version=1, reported=None, reported_version=1, lifetime=None):
+        self.retrieving(lifetime)
+        self.document(desired, version, reported, reported_version)
+        assert self.twin.state == SYNCHRONISED
+        return self
+
+    def reconnected(self, desired=None, version=1, reported=None, reported_version=1):
+        """The connection is lost; the next one finds the hub like this."""
+        self.disconnected()
+        return self.dialled_again(desired, version, reported, reported_version)
+
+    def dialled_again(self, desired=None, version=1, reported=None, reported_version=1):
+        self.tick()
+        self.connected()
+        self.subscribed()
+        return self.document(desired, version, reported, reported_version)
+
+    # What is looked at.
+
+    def changes(self):
+        return [output.patch for output in self.out if type(output) is DesiredChanged]
+
+    def errors(self):
+        return [output.error for output in self.out if type(output) is Failed]
+
+    def result(self, ticket):
+        """How the report or retrieve with this ticket ended; None while it has not."""
+        ends = self.tickets.get(ticket, [])
+        assert len(ends) <= 1, "a ticket ended twice"
+        return ends[0] if ends else None
+
+    def retrieves(self):
+        return self.twin.statistics["retrieves"]
+
+
+def bench_in(state):
+    bench = Bench()
+    if state == "dialling":
+        bench.start()
+    elif state == SUBSCRIBING:
+        bench.start()
+        bench.connected()
+    elif state == RETRIEVING:
+        bench.retrieving()
+    elif state == SYNCHRONISED:
+        bench.synchronised({"a": 1}, 5)
+    elif state == "waiting":
+        bench.synchronised({"a": 1}, 5)
+        bench.disconnected()
+    return bench
+
+
+# ---------------------------------------------------------------------- the state table
+
+UP = "synchronised -> offline"
+
+
+def lose_two_answers(bench):
+    bench.tick()
+    return bench.tick()
+
+
+def reach_renewal(bench):
+    bench.twin.stop()
+    bench.synchronised(lifetime=100 * SECOND)
+    return bench.tick()
+
+
+def a_reported_document(bench):
+    bench.report({"r": 1})
+    return bench.document({"a": 1}, 5)
+
+
+# The table of the module's docstring, row by row: state, input, next state, outputs.
+TABLE = [
+    ("offline", lambda bench: bench.start(), OFFLINE, ["Connect"]),
+    ("waiting", lambda bench: bench.tick(), OFFLINE, ["Connect"]),
+    ("dialling", lambda bench: bench.connected(), SUBSCRIBING, ["offline -> subscribing", "Subscribe"]),
+    ("dialling", lambda bench: bench.refused(5), OFFLINE, ["Failed"]),
+    ("dialling", lambda bench: bench.refused(3), OFFLINE, []),
+    ("dialling", lambda bench: bench.disconnected(), OFFLINE, []),
+    (
+        SUBSCRIBING,
+        lambda bench: bench.subscribed(),
+        RETRIEVING,
+        ["subscribing -> retrieving", "retrieve"],
+    ),
+    (
+        SUBSCRIBING,
+        lambda bench: bench.subscribed((0, 0x80)),
+        OFFLINE,
+        ["Disconnect", "subscribing -> offline", "Failed"],
+    ),
+    (SUBSCRIBING, lambda bench: bench.notify({"a": 2}, 6), SUBSCRIBING, []),
+    (RETRIEVING, lambda bench: bench.notify({"a": 2}, 6), RETRIEVING, []),
+    (
+        RETRIEVING,
+        a_reported_document,
+        SYNCHRONISED,
+        ["DesiredChanged", "retrieving -> synchronised", "report"],
+    ),
+    (SYNCHRONISED, lambda bench: bench.notify({"a": 2}, 6), SYNCHRONISED, ["DesiredChanged"]),
+    (SYNCHRONISED, lambda bench: bench.notify({"a": 2}, 5), SYNCHRONISED, []),
+    (
+        SYNCHRONISED,
+        lambda bench: bench.notify({"a": 2}, 7),
+        RETRIEVING,
+        ["synchronised -> retrieving", "retrieve"],
+    ),
+    (SUBSCRIBING, lambda bench: bench.disconnected(), OFFLINE, ["subscribing -> offline"]),
+    (RETRIEVING, lambda bench: bench.disconnected(), OFFLINE, ["retrieving -> offline"]),
+    (SYNCHRONISED, lambda bench: bench.disconnected(), OFFLINE, [UP]),
+    (SUBSCRIBING, lose_two_answers, OFFLINE, ["Disconnect", "subscribing -> offline"]),
+    (RETRIEVING, lose_two_answers, OFFLINE, ["Disconnect", "retrieving -> offline"]),
+    (SYNCHRONISED, reach_renewal, OFFLINE, ["Disconnect", UP, "Connect"]),
+    ("offline", lambda bench: bench.stop(), OFFLINE, []),
+    ("dialling", lambda bench: bench.stop(), OFFLINE, ["Disconnect"]),
+    ("waiting", lambda bench: bench.stop(), OFFLINE, ["Disconnect"]),
+    (SUBSCRIBING, lambda bench: bench.stop(), OFFLINE, ["Disconnect", "subscribing -> offline"]),
+    (RETRIEVING, lambda bench: bench.stop(), OFFLINE, ["Disconnect", "retrieving -> offline"]),
+    (SYNCHRONISED, lambda bench: bench.stop(), OFFLINE, ["Disconnect", UP]),
+]
+
+
+@pytest.mark.parametrize(("state", "happens", "then", "outputs"), TABLE)
+def test_the_state_table(state, happens, then, outputs):
+    bench = bench_in(state)
+    assert kinds(happens(bench)) == outputs
+    assert bench.twin.state == then
+
+
+# Inputs that come too late or too early change nothing: state, input.
+NOTHING = [
+    ("offline", lambda bench: bench.connected()),
+    ("offline", lambda bench: bench.disconnected()),
+    ("offline", lambda bench: bench.refused(5)),
+    ("offline", lambda bench: bench.subscribed()),
+    ("offline", lambda bench: bench.notify({"a": 1}, 1)),
+    ("offline", lambda bench: bench.take(bench.twin.tick(10**9, 0.5))),
+    ("dialling", lambda bench: bench.start()),
+    ("dialling", lambda bench: bench.subscribed()),
+    ("dialling", lambda bench: bench.notify({"a": 1}, 1)),
+    ("waiting", lambda bench: bench.disconnected()),
+    ("waiting", lambda bench: bench.subscribed()),
+    ("waiting", lambda bench: bench.notify({"a": 2}, 6)),
+    (SUBSCRIBING, lambda bench: bench.start()),
+    (SUBSCRIBING, lambda bench: bench.connected()),
+    (RETRIEVING, lambda bench: bench.subscribed()),
+    (RETRIEVING, lambda bench: bench.connected()),
+    (SYNCHRONISED, lambda bench: bench.start()),
+    (SYNCHRONISED, lambda bench: bench.connected()),
+    (SYNCHRONISED, lambda bench: bench.subscribed((0x80,))),
+    (SYNCHRONISED, lambda bench: bench.message("some/other/topic", b"x")),
+    (SYNCHRONISED, lambda bench: bench.message("$iothub/twin/res/200/", b"{}")),
+    (SYNCHRONISED, lambda bench: bench.message("$iothub/twin/GET/?$rid=2", b"")),
+]
+
+
+@pytest.mark.parametrize(("state", "happens"), NOTHING)
+def test_an_input_out_of_turn_changes_nothing(state, happens):
+    bench = bench_in(state)
+    before = vars(copy.deepcopy(bench.twin))
+    assert happens(bench) == []
+    assert vars(bench.twin) == before
+
+
+# ---------------------------------------------------------------------- 1: synchronising
+
+
+def test_1_1_connect_then_subscribe_then_retrieve():
+    bench = Bench()
+    assert bench.start() == [Connect()]
+    assert bench.connected()[-1] == Subscribe(FILTERS)
+    assert bench.get is None
+    bench.subscribed()
+    assert bench.get is not None
+
+
+@pytest.mark.parametrize("granted", [(0, 0), (1, 1), (0, 1), (2, 0), [0, 0]])
+def test_1_1_any_granted_quality_will_do(granted):
+    bench = bench_in(SUBSCRIBING)
+    bench.subscribed(granted)
+    assert bench.twin.state == RETRIEVING
+
+
+@pytest.mark.parametrize("granted", [(), (0,), (0x80, 0), (0, 0x80), (0x80, 0x80), (0, 0, 0)])
+def test_1_1_a_refused_filter_is_an_error_and_not_a_hang(granted):
+    bench = bench_in(SUBSCRIBING)
+    bench.subscribed(granted)
+    assert bench.twin.state == OFFLINE
+    (error,) = bench.errors()
+    assert isinstance(error, ConnectRefused)
+    assert error.can_retry is False
+    assert bench.now + 30 * SECOND <= bench.twin.deadline <= bench.now + MINUTE
+
+
+def test_1_2_the_document_is_the_truth_even_with_a_lower_version():
+    bench = Bench().synchronised({"a": 1, "b": {"c": 1}}, 50)
+    bench.reconnected({"a": 2}, 3)
+    assert bench.changes() == [{"a": 2, "b": None}]
+    assert bench.twin.desired == {"a": 2}
+    assert bench.twin.desired_version == 3
+    bench.notify({"a": 4}, 4)
+    assert bench.changes() == [{"a": 4}]
+
+
+def test_1_2_within_a_connection_an_older_document_is_a_recreated_twin():
+    bench = Bench().synchronised({"a": 1}, 50)
+    bench.retrieve()
+    bench.document({"a": 0}, 1)
+    assert bench.changes() == [{"a": 0}]
+    assert bench.twin.desired_version == 1
+    bench.notify({"a": 4}, 2)
+    assert bench.changes() == [{"a": 4}]
+
+
+def test_1_2_a_document_that_notifications_have_overtaken_takes_nothing_back():
+    bench = Bench().synchronised({"a": 1}, 5)
+    ticket = bench.retrieve()
+    bench.notify({"a": 2}, 6)
+    bench.document({"a": 1}, 5)
+    assert bench.changes() == []
+    assert bench.twin.desired == {"a": 2}
+    assert bench.result(ticket).twin["desired"] == {"a": 1}
+    bench.notify({"a": 3}, 7)
+    assert bench.changes() == [{"a": 3}]
+
+
+def test_1_3_notifications_before_the_document_wait_for_it():
+    bench = Bench()
+    bench.start()
+    bench.connected()
+    for version in (6, 5, 8):  # before SUBACK, and in any order
+        assert bench.notify({f"k{version}": version}, version) == []
+    bench.subscribed()
+    assert bench.notify({"k7": 7}, 7) == []
+    bench.document({"d": 1}, 5)
+    assert bench.changes() == [{"d": 1, "k6": 6, "k7": 7, "k8": 8}]
+    assert bench.twin.desired_version == 8
+    assert bench.twin.state == SYNCHRONISED
+
+
+def test_1_3_after_the_document_what_it_holds_already_is_discarded():
+    bench = bench_in(RETRIEVING)
+    bench.notify({"a": "old"}, 4)
+    bench.notify({"a": "also old"}, 5)
+    bench.document({"a": "new"}, 5)
+    assert bench.changes() == [{"a": "new"}]
+    assert bench.twin.statistics["stale"] == 2
+    assert bench.notify({"a": "older"}, 5) == []
+
+
+def test_1_3_doubled_notifications_before_the_document_count_once():
+    bench = bench_in(RETRIEVING)
+    for _ in range(3):
+        bench.notify({"a": 6}, 6)
+    bench.document({}, 5)
+    assert bench.changes() == [{"a": 6}]
+    assert bench.twin.state == SYNCHRONISED
+
+
+def test_1_3_a_gap_in_what_was_kept_is_closed_by_another_document():
+    bench = bench_in(RETRIEVING)
+    bench.notify({"a": 7}, 7)
+    bench.document({"a": 5}, 5)
+    assert bench.twin.state == RETRIEVING
+    assert bench.twin.desired == {"a": 5}
+    bench.document({"a": 7, "b": 6}, 7)
+    assert bench.changes() == [{"a": 7, "b": 6}]
+    assert bench.twin.state == SYNCHRONISED
+
+
+@pytest.mark.parametrize("state", [SUBSCRIBING, RETRIEVING])
+def test_1_3_more_notifications_than_can_be_kept_are_not_lost(state):
+    bench = bench_in(state)
+    for version in range(6, 300):
+        bench.notify({"v": version}, version)
+    assert len(bench.twin._kept) <= 64
+    if state == SUBSCRIBING:
+        bench.subscribed()
+        bench.document({"v": 299}, 299)  # asked for after all of them
+    else:
+        bench.document({"v": 5}, 5)
+    while bench.twin.state != SYNCHRONISED:
+        if bench.get is None:
+            bench.tick()
+        bench.document({"v": 299}, 299)
+    assert bench.twin.desired == {"v": 299}
+    assert bench.retrieves() <= 3
+
+
+def test_1_4_the_app_gets_one_change_the_difference():
+    bench = Bench(desired={"a": 1, "b": {"c": 1, "d": 1}, "e": 1})
+    bench.retrieving()
+    bench.notify({"a": 3}, 10)
+    bench.document({"a": 2, "b": {"c": 1, "x": {}}, "f": [1]}, 9)
+    assert bench.changes() == [{"a": 3, "b": {"d": None, "x": {}}, "e": None, "f": [1]}]
+    (change,) = [output for output in bench.out if type(output) is DesiredChanged]
+    assert change.desired == {"a": 3, "b": {"c": 1, "x": {}}, "f": [1]}
+
+
+def test_1_4_the_first_document_is_one_change_if_the_app_has_none():
+    bench = Bench().retrieving()
+    bench.document({"a": {"b": 1}}, 1)
+    assert bench.changes() == [{"a": {"b": 1}}]
+
+
+def test_1_4_no_difference_no_change_and_synchronised_all_the_same():
+    bench = Bench().synchronised({"a": [1, {"b": True}]}, 7)
+    assert kinds(bench.reconnected({"a": [1, {"b": True}]}, 7)) == ["retrieving -> synchronised"]
+    bench.reconnected({"a": [1, {"b": 1}]}, 9)
+    assert bench.changes() == [{"a": [1, {"b": 1}]}]
+
+
+def test_1_4_an_empty_object_and_a_missing_key_differ():
+    bench = Bench().synchronised({"a": {}}, 1)
+    bench.reconnected({}, 2)
+    assert bench.changes() == [{"a": None}]
+    bench.reconnected({"a": {"b": {}}}, 3)
+    assert bench.changes() == [{"a": {"b": {}}}]
+
+
+def test_1_4_a_null_or_a_version_in_the_document_is_no_property():
+    bench = Bench().retrieving()
+    bench.answer_get(
+        200,
+        b'{"desired":{"a":null,"b":{"c":null,"d":1},"$version":3,"$metadata":{}},'
+        b'"reported":{"r":1,"x":null,"$version":4,"$metadata":{"r":{}}}}',
+    )
+    assert bench.changes() == [{"b": {"d": 1}}]
+    assert bench.twin.reported == {"r": 1}
+    assert (bench.twin.desired_version, bench.twin.reported_version) == (3, 4)
+
+
+def test_1_4_a_document_in_the_wrapper_of_older_hubs_is_read_too():
+    bench = Bench().retrieving()
+    bench.answer_get(
+        200, b'{"properties":{"desired":{"a":1,"$version":3},"reported":{"$version":4}},"deviceId":"d"}'
+    )
+    assert bench.changes() == [{"a": 1}]
+
+
+def test_1_4_any_2xx_is_a_document():
+    bench = Bench().retrieving()
+    bench.answer_get(202, b'{"desired":{"$version":1},"reported":{}}')
+    assert bench.twin.state == SYNCHRONISED
+    assert bench.twin.reported_version is None
+
+
+def test_1_5_an_answer_nobody_waits_for_is_ignored():
+    bench = Bench(request_id=100).retrieving()
+    first = bench.get
+    bench.disconnected()
+    bench.tick()
+    bench.connected()
+    bench.subscribed()
+    assert bench.get != first
+    body = b'{"desired":{"old":1,"$version":1},"reported":{"$version":1}}'
+    for unknown in (first, "", "99", "0" + bench.get, bench.get + "0"):
+        assert bench.message(f"$iothub/twin/res/200/?$rid={unknown}", body) == []
+    assert bench.twin.statistics["ignored"] == 5
+    assert bench.twin.state == RETRIEVING
+
+
+def test_1_5_the_answer_to_a_request_given_up_is_ignored():
+    bench = Bench().retrieving()
+    first = bench.get
+    assert kinds(bench.tick()) == ["retrieve"]
+    assert bench.message(f"$iothub/twin/res/200/?$rid={first}", b"{}") == []
+    bench.document({"a": 1}, 1)
+    assert bench.twin.state == SYNCHRONISED
+
+
+def test_1_5_request_ids_never_come_again():
+    bench = Bench(request_id=41)
+    seen = []
+    for round_ in range(5):
+        (bench.synchronised if not round_ else bench.reconnected)(version=round_ + 1)
+        bench.report({"r": round_})
+        seen.append(bench.sent)
+        bench.retrieve()
+        seen.append(bench.get)
+    assert len(set(seen)) == len(seen)
+    assert all(re.fullmatch(r"[0-9]+", one) for one in seen)
+
+
+# ---------------------------------------------------------------------- 2: desired notifications
+
+
+def test_2_1_a_stale_or_doubled_notification_is_discarded_and_counted():
+    bench = Bench().synchronised({"a": 1}, 5)
+    for version in (5, 4, 1, 0, -7):
+        assert bench.notify({"a": "stale"}, version) == []
+    assert bench.twin.statistics["stale"] == 5
+    assert bench.twin.desired == {"a": 1}
+
+
+def test_2_2_the_next_version_is_merged_and_handed_on():
+    bench = Bench().synchronised({"a": {"b": 1, "c": 2}, "d": 3}, 5)
+    out = bench.notify({"a": {"b": None, "e": {}}, "d": None, "f": [1]}, 6)
+    assert out == [
+        DesiredChanged({"a": {"b": None, "e": {}}, "d": None, "f": [1]}, {"a": {"c": 2, "e": {}}, "f": [1]})
+    ]
+    assert bench.twin.desired_version == 6
+    assert bench.twin.statistics["notifications"] == 1
+
+
+def test_2_2_the_same_value_again_is_handed_on_as_the_hub_sent_it():
+    bench = Bench().synchronised({"a": 1}, 5)
+    bench.notify({"a": 1}, 6)
+    assert bench.changes() == [{"a": 1}]
+    bench.notify({}, 7)
+    assert bench.twin.desired_version == 7
+
+
+def test_2_2_what_the_app_was_handed_never_changes_afterwards():
+    bench = Bench().synchronised({"a": {"b": 1}}, 5)
+    bench.notify({"a": {"c": [1]}}, 6)
+    (change,) = bench.out
+    handed = copy.deepcopy(change)
+    bench.notify({"a": {"c": None, "d": 1}}, 7)
+    assert change == handed
+    change.patch["a"]["c"].append(2)
+    assert bench.twin.desired == {"a": {"b": 1, "d": 1}}
+
+
+def test_2_3_a_gap_is_not_applied_but_retrieved():
+    bench = Bench().synchronised({"a": 1}, 5)
+    assert kinds(bench.notify({"a": 7}, 7)) == ["synchronised -> retrieving", "retrieve"]
+    assert bench.twin.desired == {"a": 1}
+    for version in (8, 9, 12):
+        assert bench.notify({"a": version}, version) == []
+    bench.document({"a": 12, "missed": 6}, 12)
+    assert bench.changes() == [{"a": 12, "missed": 6}]
+    assert bench.twin.state == SYNCHRONISED
+    assert bench.twin.statistics["gaps"] == 1
+    assert bench.retrieves() == 2
+
+
+def test_2_3_the_missing_notification_may_still_come():
+    bench = Bench().synchronised({}, 5)
+    bench.notify({"b": 7}, 7)
+    bench.notify({"a": 6}, 6)
+    bench.document({}, 5)
+    assert bench.changes() == [{"a": 6, "b": 7}]
+    assert bench.twin.desired_version == 7
+
+
+def test_2_3_a_version_that_was_never_written_costs_a_bounded_number_of_retrieves():
+    bench = Bench().synchronised({"a": 1}, 5)
+    bench.notify({"a": "?"}, 10**30)
+    while bench.get is not None:
+        bench.document({"a": 1}, 5)
+        if bench.twin.deadline is not None and bench.get is None:
+            bench.tick()
+    assert bench.twin.state == SYNCHRONISED
+    assert bench.retrieves() == 3
+    bench.notify({"a": 2}, 6)
+    assert bench.changes() == [{"a": 2}]
+
+
+def test_2_3_documents_that_never_reach_the_notifications_are_asked_for_ever_more_slowly():
+    bench = Bench().synchronised({}, 5)
+    times = []
+    for version in range(10**6, 10**6 + 12):
+        bench.notify({"a": 1}, version)
+        if bench.get is None:
+            bench.tick()
+        times.append(bench.now)
+        bench.document({}, 5)
+    waits = [later - earlier for earlier, later in itertools.pairwise(times)]
+    assert waits[0] < 2 * SECOND
+    assert max(waits) >= 60 * SECOND
+    assert max(waits) <= 100 * SECOND
+
+
+# $version in the body, in the topic, and whether the notification is applied to version 5.
+NEXT_VERSIONS = [
+    (6, 6, True),
+    (6, None, True),
+    (6, 99, True),
+    (99, 6, False),
+    ("absent", 6, True),
+    ("absent", None, False),
+    ("absent", "x", False),
+    ("6", 6, False),
+    (6.0, 6, False),
+    (True, 6, False),
+    (None, 6, False),
+    ([6], 6, False),
+    ({}, 6, False),
+]
+
+
+@pytest.mark.parametrize(("body", "topic", "applied"), NEXT_VERSIONS, ids=repr)
+def test_2_4_the_bodys_version_counts_and_the_topics_stands_in(body, topic, applied):
+    bench = Bench().synchronised({"a": 1}, 5)
+    patch = {"a": 2} if body == "absent" else {"a": 2, "$version": body}
+    parameter = "" if topic is None else f"?$version={topic}"
+    bench.message(f"$iothub/twin/PATCH/properties/desired/{parameter}", json.dumps(patch).encode())
+    if applied:
+        assert bench.changes() == [{"a": 2}]
+        assert bench.twin.desired_version == 6
+    else:
+        assert kinds(bench.out) == ["synchronised -> retrieving", "retrieve"]
+        bench.document({"a": 2}, 6)
+        if bench.twin.state != SYNCHRONISED:  # version 99 is nowhere
+            bench.tick()
+            bench.document({"a": 2}, 6)
+        assert bench.twin.state == SYNCHRONISED
+        assert bench.twin.desired == {"a": 2}
+
+
+def test_2_4_before_the_document_a_notification_without_a_version_makes_it_retrieve_again():
+    bench = bench_in(RETRIEVING)
+    bench.message("$iothub/twin/PATCH/properties/desired/", b'{"a":6}')
+    bench.document({"a": 5}, 5)
+    assert bench.get is not None
+    bench.document({"a": 6}, 6)
+    assert bench.changes() == [{"a": 6}]
+    assert bench.twin.state == SYNCHRONISED
+    assert bench.retrieves() == 2
+
+
+RUBBISH = [
+    b"",
+    b" ",
+    b"[]",
+    b"5",
+    b"null",
+    b'"text"',
+    b"{",
+    b'{"a":1',
+    b"\xff\xfe",
+    b'{"a":"\xed\xa0\x80"}',
+    b'{"a":NaN}',
+    b"[" * 50000,
+    b'{"a":' * 300 + b"1" + b"}" * 300,
+    b'{"a":' * 50000 + b"1" + b"}" * 50000,
+    b'{"a":' + b"[" * 800 + b"]" * 800 + b',"$version":6}',
+]
+
+
+@pytest.mark.parametrize("payload", RUBBISH, ids=lambda payload: repr(payload[:12]) + str(len(payload)))
+@pytest.mark.parametrize("state", [SUBSCRIBING, RETRIEVING, SYNCHRONISED])
+def test_2_5_a_notification_that_is_no_object_is_reported_and_retrieved(state, payload):
+    bench = bench_in(state)
+    bench.message("$iothub/twin/PATCH/properties/desired/?$version=6", payload)
+    (error,) = bench.errors()
+    assert isinstance(error, RemoteError)
+    assert bench.twin.state != OFFLINE
+    if state == SUBSCRIBING:
+        bench.subscribed()
+    bench.document({"a": 5}, 5)
+    if state == RETRIEVING:  # the retrieve was under way already
+        bench.document({"a": 6}, 6)
+    assert bench.twin.state == SYNCHRONISED
+    assert bench.get is None
+
+
+def test_2_6_a_replaced_document_arrives_as_nulls():
+    bench = Bench().synchronised({"a": 1, "b": 2}, 5)
+    bench.notify({"a": 1, "b": None, "c": 100}, 6)
+    assert bench.twin.desired == {"a": 1, "c": 100}
+
+
+def test_2_7_metadata_and_version_are_no_properties():
+    bench = Bench().synchronised({}, 5)
+    bench.notify({"a": 1, "$metadata": {"a": {}}}, 6)
+    assert bench.changes() == [{"a": 1}]
+    assert bench.twin.desired == {"a": 1}
+
+
+def test_2_7_arrays_are_replaced_whole():
+    bench = Bench().synchronised({"a": [1, 2, 3]}, 5)
+    bench.notify({"a": [{"b": 1}]}, 6)
+    assert bench.twin.desired == {"a": [{"b": 1}]}
+
+
+# ---------------------------------------------------------------------- 3: reporting
+
+
+def test_3_1_an_invalid_patch_changes_nothing():
+    bench = Bench().synchronised()
+    before = vars(copy.deepcopy(bench.twin))
+    for patch in ({"a.b": 1}, {"a": [None]}, {"a": 2**60}, [], {"a": "x" * 5000}, {"$version": 1}):
+        with pytest.raises(PatchError):
+            bench.twin.report(patch, bench.now)
+    assert vars(bench.twin) == before
+
+
+def test_3_1_the_size_of_the_whole_target_counts():
+    bench = Bench().synchronised(reported={f"k{index}": "x" * 4096 for index in range(4)})
+    bench.report({f"m{index}": "x" * 4096 for index in range(3)})
+    with pytest.raises(PatchError) as caught:
+        bench.report({"small": 1, "large": "y" * 4096})
+    assert caught.value.path == "large"
+    assert caught.value.size > 32768
+    bench.answer(204, 2)
+    with pytest.raises(PatchError):
+        bench.report({"large": "y" * 4096})
+    # A key that goes makes room; so does one that gets smaller.
+    bench.report({"k0": None, "large": "y" * 4096})
+    bench.report({"m0": 1, "more": "z" * 4000})
+    assert bench.twin.outstanding
+
+
+def test_3_1_the_size_is_not_forgotten_by_replacing_values():
+    bench = Bench().synchronised()
+    for round_ in range(50):
+        bench.report({"k": chr(97 + round_ % 26) * 4000, "other": "x" * 4000})
+        if bench.sent:
+            bench.answer(204, round_ + 2)
+    assert bench.twin.outstanding or bench.twin.reported["other"]
+
+
+def test_3_1_the_patch_is_the_apps_own_afterwards():
+    bench = Bench()
+    patch = {"a": {"b": [1]}}
+    bench.report(patch)
+    patch["a"]["b"].append(object())
+    patch["c.d"] = 1
+    bench.synchronised()
+    assert bench.patch == {"a": {"b": [1]}}
+
+
+def test_3_2_one_report_is_in_flight_and_the_rest_goes_as_one_patch():
+    bench = Bench().synchronised()
+    first = bench.report({"a": 1})
+    assert bench.patch == {"a": 1}
+    others = [bench.report({"a": 2}), bench.report({"b": {"c": 1}}), bench.report({"b": {"c": None, "d": 1}})]
+    assert bench.out == []
+    bench.answer(204, 2)
+    assert bench.patch == {"a": 2, "b": {"d": 1}}
+    assert bench.result(first) == Reported(first, 2, None)
+    bench.answer(204, 3)
+    assert [bench.result(ticket).version for ticket in others] == [3, 3, 3]
+    assert bench.twin.statistics["coalesced"] == 2
+    assert bench.twin.statistics["reports"] == 2
+
+
+def test_3_2_what_is_reported_offline_goes_as_one_patch():
+    bench = Bench()
+    tickets = [bench.report({f"k{index}": index}) for index in range(5)]
+    bench.synchronised()
+    assert bench.patch == {f"k{index}": index for index in range(5)}
+    bench.answer(204, 2)
+    assert all(bench.result(ticket).error is None for ticket in tickets)
+
+
+def test_3_2_reports_go_on_while_a_gap_is_closed():
+    bench = Bench().synchronised({}, 5)
+    bench.notify({}, 9)
+    bench.report({"a": 1})
+    assert bench.sent is not None
+
+
+def test_3_3_merge_patches_do_not_compose_so_the_difference_is_sent():
+    bench = Bench().synchronised(reported={"a": {"b": 1}})
+    bench.report({"x": 1})
+    bench.report({"a": None})
+    bench.report({"a": {"c": 2}})
+    bench.answer(204, 2)
+    assert bench.patch == {"a": {"b": None, "c": 2}}
+
+
+def test_3_3_also_offline():
+    bench = Bench()
+    bench.report({"a": None})
+    bench.report({"a": {"c": 2}})
+    bench.synchronised(reported={"a": {"b": 1}})
+    assert bench.patch == {"a": {"b": None, "c": 2}}
+
+
+def test_3_3_without_a_copy_patches_that_do_not_compose_go_one_after_another():
+    bench = Bench(keep_reported=False)
+    tickets = [
+        bench.report(patch) for patch in ({"x": 1}, {"a": None}, {"a": {"c": 2}}, {"a": {"d": 1}, "y": 1})
+    ]
+    bench.synchronised(reported={"a": {"b": 1}})
+    assert bench.patch == {"x": 1, "a": None}
+    bench.answer(204, 2)
+    assert bench.patch == {"a": {"c": 2, "d": 1}, "y": 1}
+    bench.answer(204, 3)
+    assert [bench.result(ticket).version for ticket in tickets] == [2, 2, 3, 3]
+    assert bench.twin.reported is None
+
+
+def test_3_4_an_accepted_report_is_what_the_hub_holds():
+    bench = Bench().synchronised(reported={"a": {"b": 1}})
+    ticket = bench.report({"a": {"b": None, "c": 1}})
+    bench.answer(204, 77)
+    assert bench.result(ticket) == Reported(ticket, 77, None)
+    assert bench.twin.reported == {"a": {"c": 1}}
+    assert bench.twin.reported_version == 77
+
+
+@pytest.mark.parametrize("status", [200, 202, 204])
+def test_3_4_any_2xx_with_or_without_a_version_accepts(status):
+    bench = Bench().synchronised()
+    ticket = bench.report({"a": 1})
+    bench.answer(status)
+    assert bench.result(ticket) == Reported(ticket, None, None)
+    assert bench.twin.reported == {"a": 1}
+
+
+QUOTA = b'{"errorCode":403002,"message":"quota"}'
+
+# status, payload, least and most milliseconds until the same patch goes again
+LATER = [
+    (429, b"", 500, 1000),
+    (429, b'{"errorCode":429001}', 500, 1000),
+    (500, b"", 500, 1000),
+    (502, b"", 500, 1000),
+    (503, b"<html>", 500, 1000),
+    (504, b"", 500, 1000),
+    (599, b"", 500, 1000),
+    (408, b"", 500, 1000),
+    (499, b"", 500, 1000),
+    (403, QUOTA, 30000, 60000),
+]
+
+
+@pytest.mark.parametrize(("status", "payload", "least", "most"), LATER)
+@pytest.mark.parametrize("jitter", [0.0, 0.5, 0.99])
+def test_3_4_what_may_go_better_later_is_sent_again(status, payload, least, most, jitter):
+    bench = Bench().synchronised()
+    bench.jitter = jitter
+    ticket = bench.report({"a": 1})
+    assert bench.answer(status, payload=payload) == []
+    assert bench.result(ticket) is None
+    since = bench.now
+    later = bench.report({"b": 1})
+    assert bench.out == []
+    bench.tick()
+    assert least <= bench.now - since <= most
+    assert bench.patch == {"a": 1, "b": 1}
+    bench.answer(204, 2)
+    assert bench.result(ticket).error is None
+    assert bench.result(later).error is None
+    assert bench.twin.statistics["throttled"] == 1
+
+
+# status, payload
+NEVER = [
+    (400, b'{"errorCode":400004,"trackingId":"t-1","message":"no"}'),
+    (400, b""),
+    (400, b"\xff not json"),
+    (400, b"[1]"),
+    (401, b""),
+    (403, b""),
+    (403, b'{"errorCode":403100}'),
+    (403, b'{"errorCode":"403002"}'),
+    (404, b""),
+    (409, b""),
+    (412, b""),
+    (413, b"[" * 5000),
+    (302, b""),
+    (199, b""),
+]
+
+
+@pytest.mark.parametrize(("status", "payload"), NEVER)
+def test_3_4_any_other_answer_refuses_that_patch_and_holds_nothing_up(status, payload):
+    bench = Bench().synchronised(reported={"a": 0})
+    ticket = bench.report({"a": 1, "b": 1})
+    later = bench.report({"c": 1})
+    bench.answer(status, payload=payload)
+    error = bench.result(ticket).error
+    assert isinstance(error, ReportRejected)
+    assert error.status == status
+    assert bench.patch == {"c": 1}
+    bench.answer(204, 2)
+    assert bench.result(later).error is None
+    assert bench.twin.reported == bench.twin.target == {"a": 0, "c": 1}
+    assert bench.twin.statistics["rejected"] == 1
+
+
+def test_3_4_a_refusal_says_what_the_hub_said():
+    bench = Bench().synchronised()
+    ticket = bench.report({"a": 1})
+    bench.answer(400, payload=NEVER[0][1])
+    error = bench.result(ticket).error
+    assert (error.status, error.error_code, error.tracking_id) == (400, 400004, "t-1")
+    assert "no" in str(error)
+
+
+def test_3_4_a_refused_patch_of_many_hits_only_the_guilty_one():
+    bench = Bench().synchronised(reported={"old": 1})
+    first = bench.report({"z": 0})
+    good = bench.report({"a": 1})
+    bad = bench.report({"bad": 1})
+    fine = bench.report({"a": 2, "old": None})
+    bench.answer(204, 2)
+    assert bench.patch == {"a": 2, "bad": 1, "old": None}
+    version = 2
+    bench.answer(400)
+    for _ in range(3):
+        if "bad" in bench.patch:
+            bench.answer(400)
+        else:
+            version += 1
+            bench.answer(204, version)
+    assert not bench.twin.outstanding
+    assert bench.result(first).error is None
+    assert bench.result(good).error is None
+    assert bench.result(bad).error.status == 400
+    assert bench.result(fine).error is None
+    assert bench.twin.reported == {"z": 0, "a": 2}
+
+
+def test_3_4_a_refusal_does_not_take_a_joined_report_with_it(monkeypatch):
+    monkeypatch.setattr(machine, "_MAX_PARTS", 2)
+    bench = Bench().synchronised(reported={"a": {"old": 1}})
+    bench.report({"z": 0})
+    bad = bench.report({"bad": 1, "a": {"x": 1}})
+    last = bench.report({"a": None})
+    assert bench.report({"a": {"x": 1}}) == last  # joined: parts do not grow without end
+    bench.answer(204, 2)
+    hub = {"a": {"old": 1}, "z": 0}
+    while bench.sent is not None:
+        if "bad" in bench.patch:
+            bench.answer(400)
+        else:
+            hub = apply(hub, bench.patch)
+            bench.answer(204, 3)
+    assert bench.result(bad).error is not None
+    assert bench.result(last).error is None
+    assert hub == bench.twin.reported == {"a": {"x": 1}, "z": 0}
+
+
+def test_3_5_after_a_lost_connection_the_difference_is_sent():
+    bench = Bench().synchronised(reported={"a": 0})
+    ticket = bench.report({"a": 1, "b": 1})
+    bench.reconnected(reported={"a": 0})
+    assert bench.patch == {"a": 1, "b": 1}
+    assert bench.result(ticket) is None
+    bench.answer(204, 2)
+    assert bench.result(ticket).error is None
+
+
+def test_3_5_after_a_lost_connection_nothing_is_sent_if_the_hub_has_it():
+    bench = Bench().synchronised(reported={"a": 0})
+    ticket = bench.report({"a": 1, "b": None})
+    bench.reconnected(reported={"a": 1}, reported_version=9)
+    assert bench.sent is None
+    assert bench.result(ticket) == Reported(ticket, 9, None)
+
+
+def test_3_5_nothing_that_was_accepted_is_forgotten_after_a_failover():
+    bench = Bench().synchronised(reported={"old": 1})
+    bench.report({"a": {"b": 1}, "old": None})
+    bench.answer(204, 5)
+    late = bench.report({"c": 1})
+    bench.reconnected(reported={"old": 1}, reported_version=2)
+    assert bench.patch == {"a": {"b": 1}, "old": None, "c": 1}
+    bench.answer(204, 3)
+    assert bench.result(late).error is None
+    assert bench.twin.reported == {"a": {"b": 1}, "c": 1}
+
+
+def test_3_5_nothing_that_was_accepted_is_forgotten_after_a_second_failover_in_a_row():
+    bench = Bench().synchronised()
+    bench.report({"a": 1})
+    bench.answer(204, 5)
+    bench.reconnected()
+    assert bench.patch == {"a": 1}
+    bench.reconnected(reported={"b": 2})
+    assert apply({"b": 2}, bench.patch) == {"a": 1}
+    bench.reconnected()
+    assert bench.patch == {"a": 1}
+
+
+def test_3_5_a_twin_that_was_recreated_within_a_connection_is_filled_again():
+    bench = Bench().synchronised({}, 9, {"a": 1}, 9)
+    bench.retrieve()
+    bench.document({}, 1, {}, 1)
+    assert bench.patch == {"a": 1}
+
+
+def test_3_5_what_the_store_kept_is_the_target():
+    bench = Bench(reported={"a": 1})
+    assert bench.twin.target == {"a": 1}
+    bench.synchronised(reported={"b": 1})
+    assert bench.patch == {"a": 1, "b": None}
+
+
+def test_3_5_what_another_process_reported_is_no_loss_of_ours():
+    bench = Bench().synchronised(reported={"theirs": 1})
+    bench.report({"mine": 1})
+    bench.answer(204, 2)
+    assert bench.twin.reported == {"theirs": 1, "mine": 1}
+    assert bench.reconnected(reported={"theirs": 1, "mine": 1}) == [StateChanged(RETRIEVING, SYNCHRONISED)]
+
+
+def test_3_5_a_report_whose_answer_was_lost_is_asked_again():
+    bench = Bench().synchronised()
+    ticket = bench.report({"a": 1})
+    assert kinds(bench.tick()) == ["report"]
+    assert bench.patch == {"a": 1}
+    bench.answer(204, 3)
+    assert bench.result(ticket) == Reported(ticket, 3, None)
+
+
+# What the hub held, the report whose answer was lost, what is reported then.
+UNSURE = [
+    ({}, {"a": 1}, {"a": None}),
+    ({"a": 0}, {"a": 1}, {"a": 0}),
+    ({"a": {"b": 1}}, {"a": None}, {"a": {"b": 1}}),
+    ({"a": {"b": 1}}, {"a": 5}, {"a": {"c": 1}}),
+    ({"a": {"b": 1}}, {"a": {"c": 1}}, {"a": {"c": None}}),
+    ({"a": 5}, {"a": {"c": 1}}, {"a": 5}),
+    ({"a": 1}, {"b": 1}, {"c": 1}),
+    ({"a": [1]}, {"a": [2]}, {"a": [1]}),
+]
+
+
+@pytest.mark.parametrize(("held", "lost", "then"), UNSURE, ids=repr)
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("throttled", [False, True])
+def test_3_5_a_later_report_is_right_whether_or_not_the_lost_one_was_merged(
+    held, lost, then, merged, throttled
+):
+    bench = Bench().synchronised(reported=held)
+    hub = held
+    tickets = [bench.report(lost)]
+    if merged:
+        hub = apply(hub, bench.patch)
+    tickets.append(bench.report(then))
+    bench.tick()
+    if throttled:
+        bench.answer(429)
+        bench.tick()
+    hub = apply(hub, bench.patch)
+    bench.answer(204, 9)
+    assert bench.sent is None
+    assert hub == bench.twin.reported == apply(apply(held, lost), then)
+    assert all(bench.result(ticket).error is None for ticket in tickets)
+
+
+def test_3_5_a_lost_report_that_was_merged_is_not_taken_back_for_a_moment():
+    bench = Bench().synchronised(reported={"a": 1})
+    ticket = bench.report({"a": 2}, always=True)
+    bench.reconnected(reported={"a": 2})
+    assert bench.patch == {"a": 2}
+    bench.answer(204, 3)
+    assert bench.result(ticket).error is None
+    assert not bench.twin.outstanding
+
+
+def test_3_6_a_report_that_changes_nothing_is_answered_without_traffic():
+    bench = Bench().synchronised(reported={"a": {"b": 1}}, reported_version=8)
+    ticket = bench.report({"a": {"b": 1}, "gone": None})
+    assert bench.out == [Reported(ticket, 8, None)]
+    assert not bench.twin.outstanding
+
+
+def test_3_6_true_is_not_1():
+    bench = Bench().synchronised(reported={"a": 1})
+    bench.report({"a": True})
+    assert bench.patch == {"a": True}
+
+
+def test_3_6_unless_the_app_asks_for_it():
+    bench = Bench().synchronised(reported={"a": 1})
+    ticket = bench.report({"a": 1}, always=True)
+    assert bench.patch == {"a": 1}
+    bench.answer(204, 9)
+    assert bench.result(ticket).version == 9
+    bench.report({}, always=True)
+    assert bench.patch == {}
+
+
+def test_3_6_always_goes_as_it_is_and_in_order():
+    bench = Bench().synchronised(reported={"a": 1})
+    bench.report({"x": 1})
+    bench.report({"a": 2})
+    bench.report({"a": 1}, always=True)
+    bench.report({"b": 1})
+    sent = []
+    while bench.sent is not None:
+        sent.append(bench.patch)
+        bench.answer(204, len(sent))
+    assert sent == [{"x": 1}, {"a": 2}, {"a": 1}, {"b": 1}]
+
+
+def test_3_6_without_a_copy_every_report_is_sent():
+    bench = Bench(keep_reported=False).synchronised(reported={"a": 1})
+    bench.report({"a": 1})
+    assert bench.patch == {"a": 1}
+
+
+# Conditional reports.
+
+
+def test_a_conditional_report_names_its_version():
+    bench = Bench().synchronised(reported_version=7)
+    ticket = bench.report({"a": 1}, version=7)
+    assert (bench.patch, bench.when) == ({"a": 1}, 7)
+    bench.answer(204, 8)
+    assert bench.result(ticket) == Reported(ticket, 8, None)
+
+
+def test_a_conditional_report_goes_alone_and_as_it_is():
+    bench = Bench().synchronised(reported={"a": 1})
+    bench.report({"x": 1})
+    bench.report({"y": 1})
+    bench.report({"a": 1}, version=3)
+    bench.report({"z": 1})
+    sent = []
+    while bench.sent is not None:
+        sent.append((bench.patch, bench.when))
+        bench.answer(204, len(sent) + 1)
+    assert sent == [({"x": 1}, None), ({"y": 1}, None), ({"a": 1}, 3), ({"z": 1}, None)]
+
+
+def test_a_conditional_report_of_an_older_version_is_refused_and_nothing_else():
+    bench = Bench().synchronised(reported_version=7)
+    ticket = bench.report({"a": 1}, version=5)
+    later = bench.report({"b": 1})
+    bench.answer(412)
+    assert bench.result(ticket).error.status == 412
+    assert bench.patch == {"b": 1}
+    bench.answer(204, 8)
+    assert bench.result(later).error is None
+
+
+# The lost report was merged, and what the hub then says to the second try is only its echo.
+@pytest.mark.parametrize("merged", [True, False])
+def test_a_lost_answer_then_412_is_decided_by_the_document(merged):
+    bench = Bench().synchronised(reported={"a": 0}, reported_version=7)
+    ticket = bench.report({"a": 1}, version=7)
+    later = bench.report({"b": 1})
+    bench.tick()
+    assert bench.when == 7
+    assert kinds(bench.answer(412)) == ["retrieve"]
+    assert bench.result(ticket) is None
+    bench.document(reported={"a": 1} if merged else {"a": 5}, reported_version=8)
+    if merged:
+        assert bench.result(ticket) == Reported(ticket, 8, None)
+    else:
+        assert bench.result(ticket).error.status == 412
+    hub = apply({"a": 1} if merged else {"a": 5}, bench.patch)
+    bench.answer(204, 9)
+    assert bench.result(later).error is None
+    assert hub == bench.twin.reported
+    assert bench.twin.reported["b"] == 1
+
+
+def test_a_conditional_report_lost_with_its_connection_is_decided_by_the_document():
+    def lost():
+        bench = Bench().synchronised(reported={"a": 0}, reported_version=7)
+        return bench, bench.report({"a": 1}, version=7)
+
+    bench, ticket = lost()
+    bench.reconnected(reported={"a": 1}, reported_version=8)
+    assert bench.result(ticket) == Reported(ticket, 8, None)
+    assert not bench.twin.outstanding
+
+    bench, ticket = lost()
+    bench.reconnected(reported={"a": 0}, reported_version=7)
+    assert bench.result(ticket) is None
+    assert (bench.patch, bench.when) == ({"a": 1}, 7)
+
+    bench, ticket = lost()
+    bench.reconnected(reported={"a": 0, "b": 1}, reported_version=8)
+    assert bench.result(ticket).error.status == 412
+
+
+# The queue.
+
+
+def test_many_reports_are_joined_and_share_a_ticket():
+    bench = Bench().synchronised()
+    first = bench.report({"k": -1})
+    tickets = [bench.report({"k": index, f"k{index % 50}": index}) for index in range(500)]
+    assert len(bench.twin._queue) <= 32
+    assert len(set(tickets)) <= 32
+    bench.answer(204, 2)
+    assert bench.patch == {"k": 499, **{f"k{index}": index + 450 for index in range(50)}}
+    bench.answer(204, 3)
+    assert bench.result(first).version == 2
+    assert {bench.result(ticket).version for ticket in tickets} == {3}
+
+
+def test_reports_that_undo_each_other_are_joined_without_end():
+    bench = Bench().synchronised(reported={"a": {"old": 1}})
+    bench.report({"x": 1})
+    for index in range(3000):
+        bench.report({"a": None} if index % 2 else {"a": {f"k{index % 7}": index}})
+    assert len(bench.twin._queue) <= 32
+    bench.answer(204, 2)
+    assert bench.patch == {"a": None}
+
+
+def test_reports_that_cannot_be_joined_are_refused_at_1024():
+    bench = Bench()
+    for index in range(1024):
+        bench.report({"a": index}, always=True)
+    before = vars(copy.deepcopy(bench.twin))["_bound"]
+    with pytest.raises(LocalError, match="too many"):
+        bench.report({"a": 1})
+    assert bench.twin._bound == before
+    assert len(bench.twin._queue) == 1024
+
+
+# ---------------------------------------------------------------------- retrieve
+
+
+def test_a_retrieve_gives_the_twin_as_the_hub_has_it():
+    bench = Bench().synchronised({"d": 1}, 5, {"r": 1}, 5)
+    ticket = bench.retrieve()
+    assert bench.get is not None
+    bench.document({"d": {"e": [2]}}, 6, {"r": 2}, 6)
+    assert bench.result(ticket) == Retrieved(
+        ticket, {"desired": {"d": {"e": [2]}}, "reported": {"r": 2}}, None
+    )
+    assert bench.changes() == [{"d": {"e": [2]}}]
+    bench.result(ticket).twin["desired"]["d"]["e"].append("app's own")
+    assert bench.twin.desired == {"d": {"e": [2]}}
+
+
+def test_a_retrieve_asked_while_one_is_in_flight_gets_one_asked_after_it():
+    bench = Bench().synchronised()
+    first = bench.retrieve()
+    second, third = bench.retrieve(), bench.retrieve()
+    assert bench.out == []
+    bench.document({"a": 1}, 2)
+    assert bench.result(first).twin["desired"] == {"a": 1}
+    assert bench.result(second) is None
+    bench.document({"a": 2}, 3)
+    assert bench.result(second).twin == bench.result(third).twin == {"desired": {"a": 2}, "reported": {}}
+    assert bench.get is None
+
+
+def test_a_retrieve_asked_offline_is_answered_by_the_first_document():
+    bench = Bench()
+    ticket = bench.retrieve()
+    bench.synchronised({"a": 1}, 2)
+    assert bench.result(ticket).twin["desired"] == {"a": 1}
+    assert bench.retrieves() == 1
+
+
+def test_a_retrieve_lost_with_its_connection_is_asked_on_the_next():
+    bench = Bench().synchronised()
+    ticket = bench.retrieve()
+    bench.reconnected({"a": 1}, 2)
+    assert bench.result(ticket).twin["desired"] == {"a": 1}
+
+
+def test_a_refused_retrieve_is_told_and_tried_again_slowly():
+    bench = Bench().retrieving()
+    ticket = bench.retrieve()
+    bench.answer_get(404, b'{"errorCode":404001,"trackingId":"t"}')
+    (error,) = bench.errors()
+    assert isinstance(error, RetrieveRejected)
+    assert (error.status, error.error_code, error.tracking_id) == (404, 404001, "t")
+    assert bench.result(ticket) is None  # asked while that one was in flight
+    since = bench.now
+    assert kinds(bench.tick()) == ["retrieve"]
+    assert 30 * SECOND <= bench.now - since <= MINUTE
+    bench.answer_get(404)
+    assert bench.result(ticket).error.status == 404
+
+
+def test_a_retrieve_refused_while_synchronised_is_not_tried_again():
+    bench = Bench().synchronised()
+    ticket = bench.retrieve()
+    bench.answer_get(400)
+    assert bench.result(ticket).error.status == 400
+    assert bench.twin.state == SYNCHRONISED
+    assert bench.twin.deadline is None
+
+
+BAD_DOCUMENTS = [
+    b"",
+    b"{}",
+    b"[]",
+    b"null",
+    b"\xff",
+    b'{"desired":{},"reported":{}}',
+    b'{"desired":{"$version":1}}',
+    b'{"desired":{"$version":"1"},"reported":{}}',
+    b'{"desired":{"$version":true},"reported":{}}',
+    b'{"desired":[],"reported":{}}',
+    b'{"desired":{"$version":1},"reported":5}',
+    b'{"properties":{"desired":{"$version":1}}}',
+    b'{"properties":[]}',
+    b'{"desired":{"$version":1,"a":' + b'{"a":' * 400 + b"1" + b"}" * 401 + b',"reported":{}}',
+    b'{"desired":{"$version":1},"reported":{"a":' + b"[" * 700 + b"]" * 700 + b"}}",
+]
+
+
+@pytest.mark.parametrize("payload", BAD_DOCUMENTS, ids=lambda payload: repr(payload[:40]) + str(len(payload)))
+def test_a_document_that_is_none_is_reported_and_asked_for_again(payload):
+    bench = Bench(desired={"a": 1}).retrieving()
+    bench.answer_get(200, payload)
+    (error,) = bench.errors()
+    assert isinstance(error, RemoteError)
+    assert bench.twin.desired == {"a": 1}
+    waits = []
+    for _ in range(10):
+        since = bench.now
+        if bench.get is None:
+            bench.tick()
+        waits.append(bench.now - since)
+        bench.answer_get(200, payload)
+    assert waits[0] == 0
+    assert max(waits) > 30 * SECOND
+    if bench.get is None:
+        bench.tick()
+    bench.document({"a": 2}, 2)
+    assert bench.changes() == [{"a": 2}]
+
+
+# ---------------------------------------------------------------------- 4: time
+
+
+def test_4_1_connecting_has_a_deadline():
+    bench = Bench()
+    bench.start()
+    assert bench.twin.deadline == bench.now + MINUTE
+    assert bench.tick() == [Disconnect()]
+    assert bench.twin.state == OFFLINE
+    assert bench.twin.deadline is not None
+
+
+def test_4_1_subscribing_has_a_deadline_and_is_asked_again():
+    bench = bench_in(SUBSCRIBING)
+    since = bench.now
+    assert bench.tick() == [Subscribe(FILTERS)]
+    assert bench.now - since == TIMEOUT
+    assert kinds(bench.tick())[0] == "Disconnect"
+
+
+@pytest.mark.parametrize("timeout", [1, 5000])
+def test_4_1_requests_are_given_up_after_the_timeout(timeout):
+    bench = Bench(timeout=timeout).retrieving()
+    assert bench.twin.deadline == bench.now + timeout
+    bench.document()
+    bench.report({"a": 1})
+    assert bench.twin.deadline == bench.now + timeout
+
+
+def test_4_1_a_second_loss_in_a_row_drops_the_connection():
+    bench = Bench().synchronised()
+    bench.report({"a": 1})
+    assert kinds(bench.tick()) == ["report"]
+    assert kinds(bench.tick()) == ["Disconnect", UP]
+    assert "twice in a row" in bench.twin.statistics["last_error"]
+    bench.dialled_again()
+    assert bench.patch == {"a": 1}
+
+
+def test_4_1_an_answer_in_between_starts_the_count_over():
+    bench = Bench().synchronised()
+    for value in range(5):
+        bench.report({"a": value})
+        bench.tick()
+        bench.answer(204, value + 2)
+    assert bench.twin.state == SYNCHRONISED
+
+
+def test_4_1_two_requests_lost_at_once_drop_the_connection():
+    bench = Bench().synchronised()
+    bench.retrieve()
+    bench.report({"a": 1})
+    assert kinds(bench.tick()) == ["Disconnect", UP]
+
+
+def backoffs(bench, times, fails):
+    """How long each wait for the next attempt was."""
+    waits = []
+    for _ in range(times):
+        fails(bench)
+        since = bench.now
+        assert kinds(bench.tick()) == ["Connect"]
+        waits.append(bench.now - since)
+    return waits
+
+
+@pytest.mark.parametrize("jitter", [0.0, 0.25, 0.999])
+def test_4_2_reconnecting_backs_off_with_full_jitter_up_to_a_cap(jitter):
+    bench = bench_in("dialling")
+    bench.jitter = jitter
+    waits = backoffs(bench, 15, Bench.disconnected)
+    assert waits == [int(jitter * min(100000, 1000 * 2**tries)) for tries in range(15)]
+
+
+def test_4_2_being_unavailable_is_no_refusal():
+    bench = bench_in("dialling")
+    assert max(backoffs(bench, 5, lambda bench: bench.refused(3))) <= 32 * SECOND
+
+
+def connect_and_lose(bench, lived):
+    bench.connected()
+    bench.subscribed()
+    bench.document()
+    bench.now += lived
+    bench.disconnected()
+
+
+@pytest.mark.parametrize(("lived", "starts_over"), [(0, False), (MINUTE - 1, False), (MINUTE, True)])
+def test_4_2_backoff_starts_over_after_a_minute_synchronised(lived, starts_over):
+    bench = bench_in("dialling")
+    waits = backoffs(bench, 6, lambda bench: connect_and_lose(bench, lived))
+    if starts_over:
+        assert waits == [500] * 6
+    else:
+        assert waits == [500, 1000, 2000, 4000, 8000, 16000]
+
+
+def test_4_2_a_minute_without_being_synchronised_does_not_count():
+    def never_synchronised(bench):
+        bench.connected()
+        bench.subscribed()
+        bench.now += 10 * MINUTE
+        bench.disconnected()
+
+    assert backoffs(bench_in("dialling"), 4, never_synchronised) == [500, 1000, 2000, 4000]
+
+
+@pytest.mark.parametrize("code", [1, 2, 4, 5, 99])
+def test_4_2_refused_credentials_are_told_at_once_and_tried_slowly(code):
+    bench = bench_in("dialling")
+    bench.jitter = 0.0
+    told = []
+
+    def refuse(bench):
+        bench.refused(code)
+        told.extend(bench.errors())
+
+    waits = backoffs(bench, 8, refuse)
+    assert len(told) == 8
+    assert all(isinstance(error, ConnectRefused) and not error.can_retry for error in told)
+    assert str(code) in str(told[0])
+    assert waits[0] == 30 * SECOND
+    assert waits == sorted(waits)
+    assert waits[-1] == 450 * SECOND
+
+
+@pytest.mark.parametrize("jitter", [0.0, 0.999])
+def test_4_3_throttled_requests_back_off_with_jitter(jitter):
+    bench = Bench().synchronised()
+    bench.jitter = jitter
+    bench.report({"a": 1})
+    waits = []
+    for _ in range(10):
+        bench.answer(429)
+        since = bench.now
+        bench.tick()
+        waits.append(bench.now - since)
+    assert waits == [int(min(100000, 1000 * 2**tries) * (0.5 + 0.5 * jitter)) for tries in range(10)]
+    bench.answer(204, 2)
+    bench.report({"a": 2})
+    bench.answer(503)
+    since = bench.now
+    bench.tick()
+    assert bench.now - since <= SECOND
+
+
+def test_4_3_a_throttled_retrieve_backs_off_too():
+    bench = Bench().retrieving()
+    waits = []
+    for _ in range(10):
+        bench.answer_get(429)
+        assert bench.out == []
+        since = bench.now
+        assert kinds(bench.tick()) == ["retrieve"]
+        waits.append(bench.now - since)
+    assert waits == [int(min(100000, 1000 * 2**tries) * 0.75) for tries in range(10)]
+    bench.document({"a": 1}, 1)
+    assert bench.twin.state == SYNCHRONISED
+
+
+def test_4_3_a_throttled_retrieve_does_not_hold_up_reports_and_the_other_way_round():
+    bench = Bench().synchronised()
+    ticket = bench.retrieve()
+    bench.answer_get(429)
+    bench.report({"a": 1})
+    assert bench.sent is not None
+    bench.answer(429, extra="&retry-after=100")
+    bench.tick()
+    assert bench.get is not None
+    bench.document()
+    assert bench.result(ticket).error is None
+
+
+# retry-after, milliseconds that are waited at least and at most
+RETRY_AFTER = [
+    ("0", 500, 1000),
+    ("7", 7000, 7000),
+    ("x", 500, 1000),
+    ("-5", 500, 1000),
+    ("9" * 18, 60000, 900000),
+]
+
+
+@pytest.mark.parametrize(("value", "least", "most"), RETRY_AFTER)
+def test_4_3_retry_after_is_obeyed_but_no_wait_is_without_end(value, least, most):
+    bench = Bench().synchronised()
+    bench.report({"a": 1})
+    bench.answer(429, extra=f"&retry-after={value}")
+    assert least <= bench.twin.deadline - bench.now <= most
+    bench.retrieve()
+    bench.answer_get(503, extra=f"&retry-after={value}")
+    assert least <= bench.twin.deadline - bench.now <= most
+
+
+def test_4_4_credentials_are_renewed_between_80_and_85_percent_of_their_life():
+    for jitter in (0.0, 0.5, 0.999):
+        bench = Bench()
+        bench.jitter = jitter
+        bench.synchronised(lifetime=1000 * SECOND)
+        assert 800 * SECOND <= bench.twin.deadline - bench.now <= 850 * SECOND
+        assert kinds(bench.tick()) == ["Disconnect", UP, "Connect"]
+
+
+def test_4_4_the_app_sees_no_error_and_no_lost_change():
+    bench = Bench().synchronised({"a": 1}, 5, lifetime=100 * SECOND)
+    bench.tick()
+    assert bench.errors() == []
+    bench.connected(100 * SECOND)
+    bench.subscribed()
+    bench.document({"a": 2}, 6)
+    assert bench.changes() == [{"a": 2}]
+
+
+def test_4_4_renewal_waits_for_what_is_in_flight_and_nothing_more_is_sent():
+    bench = Bench(timeout=1000 * SECOND).synchronised({"a": 1}, 5, lifetime=100 * SECOND)
+    ticket = bench.report({"a": 1})
+    asked = bench.retrieve()
+    bench.now += 90 * SECOND
+    assert bench.take(bench.twin.tick(bench.now, 0.5)) == []
+    held_back = bench.report({"b": 1})
+    bench.notify({"a": 9}, 9)  # a gap; it cannot be asked about now
+    assert bench.twin.deadline > bench.now, "nothing is due before an answer or its deadline"
+    bench.answer(204, 2)
+    assert bench.sent is None
+    assert bench.result(ticket).error is None
+    bench.document({"a": 1}, 5)
+    assert bench.result(asked).error is None
+    assert bench.twin.state == OFFLINE
+    assert kinds(bench.out)[-1] == "Connect"
+    bench.connected()
+    bench.subscribed()
+    bench.document({"a": 9}, 9, {"a": 1}, 2)
+    assert bench.changes() == [{"a": 9}]
+    assert bench.patch == {"b": 1}
+    bench.answer(204, 3)
+    assert bench.result(held_back).error is None
+
+
+def test_4_4_constant_reports_do_not_starve_the_renewal():
+    bench = Bench().synchronised(lifetime=100 * SECOND)
+    for value in range(1000):
+        bench.report({"a": value})
+        bench.now += 500
+        if bench.sent is not None:
+            bench.answer(204, value + 2)
+        if bench.twin.state == OFFLINE:
+            break
+    assert bench.twin.state == OFFLINE
+    assert bench.now <= 91 * SECOND
+
+
+@pytest.mark.parametrize("in_flight", ["report", "retrieve"])
+def test_4_4_what_is_held_back_for_the_renewal_does_not_keep_the_clock_spinning(in_flight):
+    bench = Bench(timeout=1000 * SECOND).synchronised({}, 5, lifetime=100 * SECOND)
+    bench.report({"a": 1}) if in_flight == "report" else bench.retrieve()
+    bench.now += 90 * SECOND
+    assert bench.take(bench.twin.tick(bench.now, 0.5)) == []
+    bench.notify({}, 9)
+    bench.report({"b": 1})
+    assert bench.twin.deadline > bench.now + MINUTE
+
+
+@pytest.mark.parametrize("lifetime", [0, 1, -5])
+def test_4_4_a_lifetime_that_is_over_already_still_synchronises_first(lifetime):
+    bench = Bench().retrieving(lifetime)
+    assert bench.get is not None
+    bench.document({"a": 1}, 1)
+    assert bench.changes() == [{"a": 1}]
+
+
+def test_4_4_a_renewal_does_not_count_as_a_failed_attempt():
+    bench = Bench().synchronised(lifetime=100 * SECOND)
+    for _ in range(5):
+        assert kinds(bench.tick())[-1] == "Connect"
+        bench.connected(100 * SECOND)
+        bench.subscribed()
+        bench.document()
+    bench.disconnected()
+    assert bench.twin.deadline - bench.now == 500
+
+
+def test_4_5_the_core_asks_for_no_time_and_no_chance():
+    # Same inputs, same outputs.
+    def run():
+        bench = Bench()
+        given = []
+        for value in range(3):
+            bench.report({"a": value})
+        bench.synchronised({"a": 1}, 1)
+        given += bench.out
+        bench.notify({}, 9)
+        given += bench.out
+        given += bench.wait(10 * MINUTE)
+        return given
+
+    assert run() == run()
+
+
+# ---------------------------------------------------------------------- stop, start, abandon
+
+
+def test_what_is_gathered_stays_over_a_stop():
+    bench = Bench().synchronised()
+    ticket = bench.report({"a": 1})
+    bench.stop()
+    later = bench.report({"b": 1})
+    assert bench.twin.deadline is None
+    bench.synchronised()
+    assert bench.patch == {"a": 1, "b": 1}
+    bench.answer(204, 2)
+    assert bench.result(ticket).error is None
+    assert bench.result(later).error is None
+
+
+def test_start_dials_at_once_whatever_failed_before():
+    bench = bench_in("dialling")
+    for _ in range(5):
+        bench.disconnected()
+        bench.tick()
+    bench.disconnected()
+    bench.stop()
+    assert bench.start() == [Connect()]
+    bench.disconnected()
+    assert bench.twin.deadline - bench.now == 500
+
+
+def test_abandon_ends_every_ticket():
+    bench = Bench().synchronised()
+    asked = [bench.retrieve(), bench.retrieve()]
+    reported = [bench.report({"a": 1}), bench.report({"b": 1}), bench.report({"c": 1}, version=5)]
+    bench.stop()
+    bench.take(bench.twin.abandon())
+    for ticket in asked + reported:
+        assert isinstance(bench.result(ticket).error, NotConnected)
+    assert not bench.twin.outstanding
+    assert bench.twin.abandon() == []
+
+
+def test_an_answer_after_abandon_ends_nothing_twice():
+    bench = Bench().synchronised()
+    ticket = bench.report({"a": 1})
+    asked = bench.retrieve()
+    bench.take(bench.twin.abandon())
+    bench.answer(204, 2)
+    bench.document()
+    assert isinstance(bench.result(ticket).error, NotConnected)
+    assert isinstance(bench.result(asked).error, NotConnected)
+
+
+def test_after_abandon_later_reports_are_right_all_the_same():
+    bench = Bench().synchronised(reported={"a": 0})
+    bench.report({"a": 1})
+    bench.take(bench.twin.abandon())
+    bench.sent = None
+    bench.report({"b": 1})
+    assert apply({"a": 1}, bench.patch) == apply({"a": 0}, bench.patch)
+
+
+def test_outstanding_and_target_tell_what_is_not_answered_yet():
+    bench = Bench()
+    assert not bench.twin.outstanding
+    bench.report({"a": 1})
+    assert bench.twin.outstanding
+    bench.synchronised(reported={"z": 1})
+    bench.report({"b": 1, "z": None})
+    assert bench.twin.target == {"a": 1, "b": 1}
+    assert bench.twin.reported == {"z": 1}
+    bench.answer(204, 2)
+    bench.answer(204, 3)
+    assert not bench.twin.outstanding
+    assert bench.twin.target == {"a": 1, "b": 1}
+
+
+def test_without_a_copy_a_stored_one_is_not_taken_either():
+    assert Twin(keep_reported=False, reported={"a": 1}).reported is None
+
+
+def test_the_statistics_have_only_the_documented_names():
+    bench = Bench().synchronised({}, 5)
+    names = set(bench.twin.statistics)
+    bench.notify({}, 1)
+    bench.notify({}, 9)
+    bench.report({"a": 1})
+    bench.answer(400)
+    assert set(bench.twin.statistics) == names
+    assert bench.twin.statistics["connects"] == 1
+
+
+# ---------------------------------------------------------------------- the way of a notification
+
+
+def test_a_flat_desired_patch_takes_few_python_calls():
+    bench = Bench().synchronised({f"k{index}": index for index in range(20)}, 5)
+    payload = json.dumps({**{f"k{index}": index + 1 for index in range(10)}, "$version": 6}).encode()
+    topic = "$iothub/twin/PATCH/properties/desired/?$version=6"
+    calls = []
+
+    def note(frame, event, _argument):
+        if event == "call" and os.path.dirname(frame.f_code.co_filename) == os.path.dirname(machine.__file__):
+            calls.append(frame.f_code.co_name)
+
+    sys.setprofile(note)
+    try:
+        bench.twin.message_received(topic, payload, bench.now, 0.5)
+    finally:
+        sys.setprofile(None)
+    assert len(calls) <= 8, calls
