@@ -1,0 +1,596 @@
+"""LocalHub: the hub in a thread of its own, and Device: one identity as a back end sees it.
+
+Everything the hub knows belongs to its event loop. A call from another thread hops there and waits.
+"""
+
+import asyncio
+import copy
+import json
+import logging
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+from . import certificates, twins
+from .faults import Fault, Faults
+from .mqtt import Connection, Endpoint, Packet, Settings, Telemetry
+from .registry import Registry
+
+_T = TypeVar("_T")
+Document = dict[str, Any]
+
+_log = logging.getLogger("twin_device.hub")
+_CALL_WITHIN = 30.0
+_ADDRESSES = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
+_HANDSHAKE_WITHIN = 20.0
+
+
+class LocalHub:
+    """A local IoT Hub for development and tests; no production hub.
+
+    mqtts_port, mqtt_port: MQTT over TLS, and in plaintext; 0 for any free port, None for off. Both listen on
+    loopback only. host_names: the names that the hub goes by; connection strings carry the first. owner_key:
+    base64, the key of the hub's policies; made when None. certificates: a folder with ca.pem and server.pem,
+    made there when it is empty; None for a folder that goes away with the hub. settings: answer_qos,
+    error_body, size_code, token_grace, throttle, connect_within; see mqtt.Settings. ValueError names what
+    is wrong with an argument.
+    """
+
+    def __init__(
+        self,
+        mqtts_port: int | None = 0,
+        mqtt_port: int | None = None,
+        *,
+        host_names: tuple[str, ...] = ("localhost",),
+        owner_key: str | None = None,
+        certificates: str | Path | None = None,
+        **settings: Any,
+    ) -> None:
+        try:
+            chosen = Settings(**settings)
+        except TypeError:
+            raise ValueError(
+                f"a hub has no setting {sorted(settings.keys() - vars(Settings()).keys())[0]!r}"
+            ) from None
+        self._registry = Registry(host_names, owner_key)
+        self._faults = Faults()
+        self._endpoint = Endpoint(self._registry, self._faults, chosen, self._note_change)
+        self._wanted = {"mqtts": mqtts_port, "mqtt": mqtt_port}
+        self._ports: dict[str, int] = {}
+        self._folder = None if certificates is None else Path(certificates)
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._ca_file: Path | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._listeners: list[tuple[socket.socket, asyncio.Task[None]]] = []
+        self._greeting: set[asyncio.Task[None]] = set()
+        self._hanging: list[socket.socket] = []
+        # Counts changes, so that a waiter cannot miss the one that comes while it looks.
+        self._changes = 0
+        self._changed = threading.Condition()
+
+    # ------------------------------------------------------------------ its life
+
+    def start(self) -> None:
+        """Listen. OSError: a port is taken. ModuleNotFoundError: trustme is needed and not installed."""
+        if self._thread is not None:
+            raise RuntimeError("this hub runs already")
+        context = None
+        if self._wanted["mqtts"] is not None:
+            if self._folder is None:
+                self._temporary = tempfile.TemporaryDirectory(prefix="twin-device-hub-")
+            folder = self._folder or Path(self._temporary.name if self._temporary else "")
+            try:
+                self._ca_file = certificates.prepare(folder, self._registry.host_names)
+                context = certificates.server_context(folder)
+            except BaseException:
+                self._clean_up()
+                raise
+        self._contexts = {"mqtts": context, "mqtt": None}
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="twin-device-hub", daemon=True)
+        self._thread.start()
+        try:
+            self.listen_again()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End every connection and the hub's thread."""
+        if self._thread is None or self._loop is None:
+            return
+        self._wait(self._shut_down())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(_CALL_WITHIN)
+        self._thread = self._loop = None
+        self._clean_up()
+
+    def __enter__(self) -> "LocalHub":
+        if self._thread is None:
+            self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _clean_up(self) -> None:
+        if self._temporary is not None:
+            self._temporary.cleanup()
+            self._temporary = None
+
+    def _run(self) -> None:
+        loop = self._loop
+        if loop is not None:
+            asyncio.set_event_loop(loop)
+            try:
+                loop.run_forever()
+            finally:
+                loop.close()
+
+    def stop_listening(self) -> None:
+        """Be away: end every connection and take no new one, until listen_again(). Sessions are kept."""
+        self._wait(self._shut_down())
+
+    def listen_again(self) -> None:
+        """Listen on the same ports as before."""
+        self._wait(self._listen())
+
+    async def _listen(self) -> None:
+        for name, wanted in self._wanted.items():
+            if wanted is None or any(task.get_name() == name for _, task in self._listeners):
+                continue
+            port = self._ports.get(name, wanted)
+            for family, address in _ADDRESSES:
+                try:
+                    listener = socket.socket(family, socket.SOCK_STREAM)
+                except OSError:
+                    continue  # a machine without IPv6
+                try:
+                    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    listener.bind((address, port))
+                    listener.listen(1024)
+                except OSError:
+                    listener.close()
+                    if family == socket.AF_INET:
+                        raise
+                    continue  # the same port of IPv6 is a convenience
+                listener.setblocking(False)
+                port = self._ports[name] = listener.getsockname()[1]
+                task = asyncio.get_running_loop().create_task(self._accept(name, listener), name=name)
+                self._listeners.append((listener, task))
+
+    async def _accept(self, name: str, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                raw, _ = await loop.sock_accept(listener)
+            except OSError as error:
+                # Out of file descriptors: those who are connected go on, new ones wait.
+                _log.warning("cannot accept a connection: %s", error)
+                await asyncio.sleep(0.1)
+                continue
+            if name == "mqtts" and self._faults.take("hanging_tls"):
+                self._hanging.append(raw)
+                continue
+            task = loop.create_task(self._greet(raw, name))
+            self._greeting.add(task)
+            task.add_done_callback(self._greeting.discard)
+
+    async def _greet(self, raw: socket.socket, name: str) -> None:
+        context = self._contexts[name]
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(
+                lambda: Connection(self._endpoint),
+                raw,
+                ssl=context,
+                ssl_handshake_timeout=None if context is None else _HANDSHAKE_WITHIN,
+            )
+        except OSError as error:
+            # Not our certificate to trust, or no TLS at all.
+            _log.info("no TLS connection: %s", error)
+            raw.close()
+        except BaseException:
+            raw.close()
+            raise
+
+    async def _shut_down(self) -> None:
+        listeners, self._listeners = self._listeners, []
+        tasks = [task for _, task in listeners] + list(self._greeting)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for raw in [listener for listener, _ in listeners] + self._hanging:
+            raw.close()
+        self._hanging = []
+        self._endpoint.drop_all()
+        while self._endpoint.open:
+            await asyncio.sleep(0)
+
+    def _wait(self, work: Any) -> None:
+        if self._loop is None:
+            work.close()
+            raise RuntimeError("this hub does not run")
+        asyncio.run_coroutine_threadsafe(work, self._loop).result(_CALL_WITHIN)
+
+    def _call(self, work: Callable[[], _T]) -> _T:
+        """Have work done in the hub's loop, and wait for it. Before start() and after close(): right here."""
+        loop = self._loop
+        if loop is None or threading.current_thread() is self._thread:
+            return work()
+
+        async def call() -> _T:
+            return work()
+
+        return asyncio.run_coroutine_threadsafe(call(), loop).result(_CALL_WITHIN)
+
+    def _note_change(self) -> None:
+        with self._changed:
+            self._changes += 1
+            self._changed.notify_all()
+
+    # ------------------------------------------------------------------ what it is
+
+    @property
+    def mqtts_port(self) -> int | None:
+        """The port of MQTT over TLS; None if it is off."""
+        return self._ports.get("mqtts")
+
+    @property
+    def mqtt_port(self) -> int | None:
+        """The port of MQTT in plaintext; None if it is off."""
+        return self._ports.get("mqtt")
+
+    @property
+    def ca_file(self) -> str:
+        """The path of the CA's certificate in PEM form, for clients to trust."""
+        if self._ca_file is None:
+            raise RuntimeError(
+                "this hub has no certificates: it does not listen with TLS, or was not started"
+            )
+        return str(self._ca_file)
+
+    @property
+    def service_connection_string(self) -> str:
+        """What a back end connects with, as policy iothubowner."""
+        name = self._registry.host_names[0]
+        return f"HostName={name};SharedAccessKeyName=iothubowner;SharedAccessKey={self._registry.policy_key}"
+
+    # ------------------------------------------------------------------ devices
+
+    def create_device(
+        self,
+        device_id: str,
+        key: str | None = None,
+        *,
+        desired: Document | None = None,
+        tags: Document | None = None,
+    ) -> "Device":
+        """Create a device, or a module ("device/module", with its device when missing).
+
+        key: base64, made when None. desired, tags: what its twin begins with; desired is version 1 all the
+        same. ValueError: it exists, or an argument is bad; nothing is created then.
+        """
+        for document in (desired or {}, tags or {}):
+            self._valid(lambda document=document: twins.check(document, nulls=False))  # type: ignore[misc]  # bound now
+
+        def create() -> None:
+            owner = device_id.partition("/")[0]
+            if owner != device_id and owner not in self._registry.identities:
+                self._endpoint.create(self._registry.create(owner))
+            self._endpoint.create(self._registry.create(device_id, key))
+            twin = self._endpoint.twins[device_id]
+            twin.desired, twin.tags = copy.deepcopy(desired or {}), copy.deepcopy(tags or {})
+            # Metadata as of the creation.
+            twins.mark(twin.desired_metadata, twin.desired, {"$lastUpdated": twins.now()})
+
+        self._call(create)
+        return Device(self, device_id)
+
+    def device(self, device_id: str) -> "Device":
+        """The device or module with this id. KeyError: there is none."""
+        if device_id not in self._registry.identities:
+            raise KeyError(device_id)
+        return Device(self, device_id)
+
+    @property
+    def devices(self) -> list["Device"]:
+        """All devices and modules, by id."""
+        return [Device(self, name) for name in sorted(self._registry.identities)]
+
+    def _valid(self, work: Callable[[], _T]) -> _T:
+        try:
+            return work()
+        except twins.Invalid as error:
+            raise ValueError(error.message) from None
+
+    # ------------------------------------------------------------------ what goes wrong
+
+    def fault(
+        self,
+        kind: str,
+        *,
+        device: "str | Device | None" = None,
+        operation: str | None = None,
+        times: int | None = None,
+        seconds: float | None = None,
+        **parameters: Any,
+    ) -> Fault:
+        """Have something go wrong from now on; faults.py lists what. ValueError: no such thing."""
+        name = device.id if isinstance(device, Device) else device
+        fault = Fault(kind, name, operation, times, seconds, parameters)
+        return self._call(lambda: self._faults.add(fault))
+
+    @property
+    def faults(self) -> list[Fault]:
+        """The faults that are active."""
+        return self._call(self._faults.active)
+
+    def clear_faults(self) -> None:
+        """Have nothing go wrong any more. Handshakes that hang end."""
+
+        def clear() -> None:
+            self._faults.clear()
+            for raw in self._hanging:
+                raw.close()
+            self._hanging = []
+
+        self._call(clear)
+
+    def forget_sessions(self) -> None:
+        """Forget what devices subscribed to and which messages wait for them; connected ones go deaf."""
+
+        def forget() -> None:
+            self._endpoint.sessions.clear()
+            for connection in self._endpoint.connections.values():
+                connection.forget()
+            for waiting in self._endpoint.messages.values():
+                waiting.clear()
+
+        self._call(forget)
+
+    def snapshot(self) -> Any:
+        """All twins as they are, for fail_over()."""
+        return self._call(lambda: copy.deepcopy(self._endpoint.twins))
+
+    def fail_over(self, snapshot: Any) -> None:
+        """Be another hub with older twins: restore them and end every connection. Younger twins are new."""
+
+        def restore() -> None:
+            for name in self._endpoint.twins:
+                self._endpoint.twins[name] = copy.deepcopy(snapshot.get(name)) or twins.Twin()
+            self._endpoint.drop_all()
+            self._note_change()
+
+        self._call(restore)
+
+
+class Device:
+    """One device or module of a LocalHub, from the back end's side. KeyError: it was deleted."""
+
+    def __init__(self, hub: LocalHub, device_id: str) -> None:
+        self._hub = hub
+        self._endpoint = hub._endpoint
+        self.id = device_id
+
+    def __repr__(self) -> str:
+        return f"<Device {self.id}>"
+
+    # ------------------------------------------------------------------ who it is
+
+    @property
+    def connection_string(self) -> str:
+        """For a device app, over TLS. It carries the port, unless that is 8883."""
+        return self._connection_string(self._hub.mqtts_port, 8883)
+
+    @property
+    def plaintext_connection_string(self) -> str:
+        """For a device app, in plaintext."""
+        return self._connection_string(self._hub.mqtt_port, 1883)
+
+    def _connection_string(self, port: int | None, standard: int) -> str:
+        if port is None:
+            raise RuntimeError("the hub does not listen there, or was not started")
+        identity = self._hub._registry.identities[self.id]
+        host = self._hub._registry.host_names[0] + ("" if port == standard else f":{port}")
+        module = "" if identity.module_id is None else f"ModuleId={identity.module_id};"
+        return f"HostName={host};DeviceId={identity.device_id};{module}SharedAccessKey={identity.primary_key}"
+
+    # ------------------------------------------------------------------ its twin
+
+    @property
+    def twin(self) -> Document:
+        """The whole twin document as the back end sees it, in a copy."""
+
+        def view() -> Document:
+            identity = self._hub._registry.identities[self.id]
+            head: Document = {"deviceId": identity.device_id}
+            if identity.module_id is not None:
+                head["moduleId"] = identity.module_id
+            return {
+                **head,
+                "status": "enabled" if identity.enabled else "disabled",
+                "connectionState": "Connected" if self.id in self._endpoint.connections else "Disconnected",
+                "authenticationType": "sas",
+                "modelId": identity.model_id,
+                **self._endpoint.twins[self.id].service_view(),
+            }
+
+        return self._hub._call(view)
+
+    @property
+    def desired(self) -> Document:
+        """The desired properties, without `$` keys, in a copy."""
+        return self._hub._call(lambda: copy.deepcopy(self._endpoint.twins[self.id].desired))
+
+    @property
+    def reported(self) -> Document:
+        """The reported properties, without `$` keys, in a copy."""
+        return self._hub._call(lambda: copy.deepcopy(self._endpoint.twins[self.id].reported))
+
+    @property
+    def desired_version(self) -> int:
+        return self._hub._call(lambda: self._endpoint.twins[self.id].desired_version)
+
+    @property
+    def reported_version(self) -> int:
+        return self._hub._call(lambda: self._endpoint.twins[self.id].reported_version)
+
+    def patch_desired(self, patch: Document) -> int:
+        """Merge a patch into the desired properties and notify the device; returns the new version.
+
+        ValueError: the hub refuses it, as a real one would; nothing is changed.
+        """
+        return self._write(lambda twin: twin.patch_desired(patch))
+
+    def replace_desired(self, document: Document) -> int:
+        """Replace the desired properties and notify the device; returns the new version. Raises as
+        patch_desired."""
+        return self._write(lambda twin: twin.replace_desired(document))
+
+    def _write(self, change: Callable[[twins.Twin], Document | None]) -> int:
+        def write() -> int:
+            twin = self._endpoint.twins[self.id]
+            self._endpoint.notify(self.id, change(twin))
+            return twin.desired_version
+
+        return self._hub._valid(lambda: self._hub._call(write))
+
+    def patch_tags(self, patch: Document) -> None:
+        """Merge a patch into the tags, which the device never sees. ValueError: the hub refuses it."""
+        self._hub._valid(lambda: self._hub._call(lambda: self._endpoint.twins[self.id].patch_tags(patch)))
+
+    def wait_for(self, condition: Document | Callable[["Device"], Any], timeout: float = 5.0) -> Any:
+        """Wait until the reported properties contain a document, or a function of this Device is true.
+
+        A document: nested objects are contained key by key, None means that the key is not there. Returns
+        the reported properties, or what the function gave. TimeoutError after timeout seconds says what is
+        there instead.
+        """
+        deadline = time.monotonic() + timeout
+        hub = self._hub
+        while True:
+            seen = hub._changes
+            if callable(condition):
+                found = condition(self)
+                if found:
+                    return found
+            else:
+                reported = self.reported
+                if _contains(reported, condition):
+                    return reported
+            with hub._changed:
+                left = deadline - time.monotonic()
+                if hub._changes == seen and (left <= 0 or not hub._changed.wait(left)):
+                    wanted = getattr(condition, "__name__", None) or json.dumps(condition)
+                    break
+        raise TimeoutError(
+            f"{self.id}: waited {timeout:g} s for {wanted}; reported is {json.dumps(self.reported)}, "
+            f"{'connected' if self.connected else 'not connected'}"
+        )
+
+    # ------------------------------------------------------------------ its connection
+
+    @property
+    def connected(self) -> bool:
+        return self.id in self._endpoint.connections
+
+    @property
+    def connections(self) -> int:
+        """How many CONNECTs were accepted so far."""
+        return self._endpoint.connects[self.id]
+
+    @property
+    def packets(self) -> tuple[Packet, ...]:
+        """The last 2,000 MQTT packets of this device, oldest first."""
+        return self._hub._call(lambda: tuple(self._endpoint.packets[self.id]))
+
+    def clear_packets(self) -> None:
+        self._hub._call(lambda: self._endpoint.packets[self.id].clear())
+
+    @property
+    def telemetry(self) -> tuple[Telemetry, ...]:
+        """The last 1,000 device-to-cloud messages, oldest first."""
+        return self._hub._call(lambda: tuple(self._endpoint.telemetry[self.id]))
+
+    def disconnect(self) -> None:
+        """End its connection, like a network that is gone."""
+        self._hub._call(lambda: self._endpoint.drop(self.id))
+
+    def notify(self, patch: Document, version: int, topic_version: int | None = None) -> None:
+        """Send a desired notification with this version as it is, without touching the twin."""
+        self._hub._call(lambda: self._endpoint.send_notification(self.id, patch, version, topic_version))
+
+    def send_raw(self, topic: str, payload: bytes) -> None:
+        """Send any PUBLISH as it is."""
+
+        def send() -> None:
+            connection = self._endpoint.connections.get(self.id)
+            if connection is not None:
+                connection.send_raw(topic, payload)
+
+        self._hub._call(send)
+
+    def send_c2d(self, payload: bytes, properties: dict[str, str] | None = None) -> None:
+        """Send a cloud-to-device message; it waits for the device. ValueError: 50 wait, or a module."""
+        if self._hub._registry.identities[self.id].module_id is not None:
+            raise ValueError("modules get no cloud-to-device messages")
+        to = {"$.to": f"/devices/{self.id}/messages/deviceBound", **(properties or {})}
+        bag = "&".join(f"{quote(name, safe='$')}={quote(value, safe='')}" for name, value in to.items())
+        bag = bag.replace("$.", "%24.")
+        self._hub._call(lambda: self._endpoint.send_c2d(self.id, payload, bag))
+
+    # ------------------------------------------------------------------ its identity
+
+    def disable(self) -> None:
+        """Refuse it from now on, its modules too, and end their connections."""
+
+        def disable() -> None:
+            self._hub._registry.identities[self.id].enabled = False
+            for name in list(self._endpoint.connections):
+                if name == self.id or name.startswith(self.id + "/"):
+                    self._endpoint.drop(name)
+
+        self._hub._call(disable)
+
+    def enable(self) -> None:
+        self._hub._registry.identities[self.id].enabled = True
+
+    def delete(self) -> None:
+        """Delete the identity with its twin, a device with its modules."""
+
+        def delete() -> None:
+            for name in self._hub._registry.delete(self.id):
+                self._endpoint.delete(name)
+
+        self._hub._call(delete)
+
+    def recreate(self) -> None:
+        """Delete it and create it again with the same key: its twin is new, its versions start over."""
+
+        def recreate() -> None:
+            key = self._hub._registry.identities[self.id].primary_key
+            for name in self._hub._registry.delete(self.id):
+                self._endpoint.delete(name)
+            self._endpoint.create(self._hub._registry.create(self.id, key))
+
+        self._hub._call(recreate)
+
+
+def _contains(document: Any, wanted: Any) -> bool:
+    if not isinstance(wanted, dict):
+        return bool(document == wanted) and isinstance(document, bool) == isinstance(wanted, bool)
+    if not isinstance(document, dict):
+        return False
+    return all(
+        key not in document if value is None else key in document and _contains(document[key], value)
+        for key, value in wanted.items()
+    )

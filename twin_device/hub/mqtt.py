@@ -1,0 +1,890 @@
+"""The device endpoint: MQTT 3.1.1 as IoT Hub speaks it.
+
+No broker: an answer goes to the connection that asked. What IoT Hub does not know ends the connection, since
+MQTT 3.1.1 has no way to say no. Source: IoT Hub, "Communicate with an IoT hub using the MQTT protocol".
+"""
+
+import asyncio
+import json
+import logging
+import socket
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Any, NamedTuple
+from urllib.parse import unquote
+
+from . import twins
+from .faults import Faults
+from .registry import Claim, Identity, Refused, Registry
+
+_log = logging.getLogger("twin_device.hub")
+
+MAX_PACKET = 256 * 1024
+# A reader that is this far behind is not coming back.
+_MAX_BACKLOG = 4 * 1024 * 1024
+_CONNECT_WITHIN = 60.0
+_MAX_KEEP_ALIVE = 1767.0
+_LOGGED_PACKETS = 2000
+_MAX_TELEMETRY = 1000
+_MAX_C2D = 50
+_TWIN_FILTERS = ("$iothub/twin/res/#", "$iothub/twin/PATCH/properties/desired/#", "$iothub/methods/POST/#")
+_RESPONSE_FILTER, _DESIRED_FILTER = _TWIN_FILTERS[:2]
+_RETRIEVE_PATH = "$iothub/twin/GET"
+_REPORT_PATH = "$iothub/twin/PATCH/properties/reported"
+_SYSTEM_PROPERTIES = {
+    "$.mid": "message-id",
+    "$.cid": "correlation-id",
+    "$.uid": "user-id",
+    "$.ct": "content-type",
+    "$.ce": "content-encoding",
+    "$.ctime": "creation-time",
+    "$.exp": "expiry",
+    "$.on": "output-name",
+    "$.ifid": "interface-id",
+    "$.sub": "subject",
+}
+_KINDS = {
+    1: "CONNECT",
+    2: "CONNACK",
+    3: "PUBLISH",
+    4: "PUBACK",
+    8: "SUBSCRIBE",
+    9: "SUBACK",
+    10: "UNSUBSCRIBE",
+    11: "UNSUBACK",
+    12: "PINGREQ",
+    13: "PINGRESP",
+    14: "DISCONNECT",
+}
+
+
+class Packet(NamedTuple):
+    """One MQTT packet of a device. direction: "in" is from the device. time: Unix seconds."""
+
+    direction: str
+    kind: str
+    topic: str | None
+    payload: bytes
+    qos: int
+    time: float
+
+
+class Telemetry(NamedTuple):
+    """One device-to-cloud message. properties: the app's; system: message-id, content-type and such."""
+
+    payload: bytes
+    properties: dict[str, str]
+    system: dict[str, str]
+
+
+class Violation(Exception):
+    """The device broke the protocol; IoT Hub ends the connection without a word."""
+
+
+@dataclass
+class Settings:
+    """What sources do not agree on, or a test wants otherwise.
+
+    answer_qos: "always-0" or "granted". error_body: "json" or "empty". size_code: errorCode of a section that
+    is too large (403100, 400004 or 413001). token_grace: seconds that a connection outlives its token.
+    throttle: twin retrieves and reports a second, for the whole hub, as (100, 50); None for no limit.
+    connect_within: seconds until a silent connection is ended.
+    """
+
+    answer_qos: str = "always-0"
+    error_body: str = "json"
+    size_code: int = 403100
+    token_grace: float = 0.0
+    throttle: tuple[float, float] | None = None
+    connect_within: float = _CONNECT_WITHIN
+
+    def __post_init__(self) -> None:
+        if self.answer_qos not in ("always-0", "granted"):
+            raise ValueError(f"answer_qos is 'always-0' or 'granted', not {self.answer_qos!r}")
+        if self.error_body not in ("json", "empty"):
+            raise ValueError(f"error_body is 'json' or 'empty', not {self.error_body!r}")
+
+
+@dataclass
+class Session:
+    """What the hub keeps of an identity with clean session 0, also while it is offline."""
+
+    subscriptions: dict[str, int] = field(default_factory=dict)
+    persistent: bool = False
+
+
+@dataclass
+class _Message:
+    payload: bytes
+    bag: str
+    delivered: bool = False
+
+
+class Endpoint:
+    """All devices of one hub, seen from MQTT. Everything here runs in the hub's event loop."""
+
+    def __init__(
+        self, registry: Registry, faults: Faults, settings: Settings, changed: Callable[[], None]
+    ) -> None:
+        self.registry = registry
+        self.faults = faults
+        self.settings = settings
+        self.changed = changed
+        self.twins: dict[str, twins.Twin] = {}
+        self.sessions: dict[str, Session] = {}
+        self.connections: dict[str, Connection] = {}
+        # Every connection, also those that have not said yet who they are.
+        self.open: set[Connection] = set()
+        self.connects: dict[str, int] = {}
+        self.packets: dict[str, deque[Packet]] = {}
+        self.telemetry: dict[str, deque[Telemetry]] = {}
+        self.messages: dict[str, deque[_Message]] = {}
+        self._held_reports: dict[str, Callable[[], None]] = {}
+        self._held_notifications: dict[str, tuple[twins.Document, int]] = {}
+        self._sent_notifications: dict[str, tuple[twins.Document, int]] = {}
+        self._buckets: dict[str, tuple[float, float]] = {}
+
+    # ------------------------------------------------------------------ identities
+
+    def create(self, identity: Identity) -> None:
+        self.twins[identity.id] = twins.Twin()
+        self.connects[identity.id] = 0
+        self.packets[identity.id] = deque(maxlen=_LOGGED_PACKETS)
+        self.telemetry[identity.id] = deque(maxlen=_MAX_TELEMETRY)
+        self.messages[identity.id] = deque()
+        self.changed()
+
+    def delete(self, identity_id: str) -> None:
+        self.drop(identity_id)
+        for table in (self.twins, self.sessions, self.connects, self.packets, self.telemetry, self.messages):
+            table.pop(identity_id, None)
+        self._sent_notifications.pop(identity_id, None)
+        self._held_notifications.pop(identity_id, None)
+        self._held_reports.pop(identity_id, None)
+        self.changed()
+
+    def drop(self, identity_id: str) -> None:
+        """End the identity's connection, like a network that is gone."""
+        connection = self.connections.get(identity_id)
+        if connection is not None:
+            connection.abort()
+
+    def drop_all(self) -> None:
+        for connection in list(self.open):
+            connection.abort()
+
+    # ------------------------------------------------------------------ desired notifications
+
+    def notify(self, identity_id: str, patch: twins.Document | None) -> None:
+        """Tell the device of a change of its desired properties; patch None: there is nothing to tell."""
+        self.changed()
+        if patch is None:
+            return
+        version = self.twins[identity_id].desired_version
+        take = self.faults.take
+        older = self._sent_notifications.get(identity_id)
+        self._sent_notifications[identity_id] = (patch, version)
+        held = self._held_notifications.pop(identity_id, None)
+        if held is not None and held[1] < 0:
+            # Held to be coalesced: its version is the next one's.
+            self.send_notification(identity_id, twins_composed(held[0], patch), version)
+            return
+        if held is not None:
+            self.send_notification(identity_id, patch, version)
+            self.send_notification(identity_id, *held)
+            return
+        if take("notification_lost", identity_id):
+            return
+        if take("notification_reordered", identity_id):
+            self._held_notifications[identity_id] = (patch, version)
+            return
+        if take("notification_coalesced", identity_id):
+            self._held_notifications[identity_id] = (patch, -1)
+            return
+        late = take("notification_late", identity_id)
+        if late:
+            asyncio.get_running_loop().call_later(
+                late["seconds_late"], self.send_notification, identity_id, patch, version
+            )
+            return
+        self.send_notification(identity_id, patch, version)
+        if take("notification_doubled", identity_id):
+            self.send_notification(identity_id, patch, version)
+        if older is not None and take("notification_stale", identity_id):
+            self.send_notification(identity_id, *older)
+
+    def send_notification(
+        self, identity_id: str, patch: twins.Document, version: int, topic_version: int | None = None
+    ) -> None:
+        """Send it to the connection that there is now; nothing is kept for later."""
+        connection = self.connections.get(identity_id)
+        if connection is not None:
+            body = twins.encode({**patch, "$version": version})
+            shown = version if topic_version is None else topic_version
+            connection.deliver(
+                _DESIRED_FILTER, f"$iothub/twin/PATCH/properties/desired/?$version={shown}", body
+            )
+
+    # ------------------------------------------------------------------ cloud-to-device messages
+
+    def send_c2d(self, identity_id: str, payload: bytes, bag: str) -> None:
+        waiting = self.messages[identity_id]
+        if len(waiting) >= _MAX_C2D:
+            raise ValueError(f"{_MAX_C2D} messages wait for {identity_id!r} already")
+        waiting.append(_Message(payload, bag))
+        connection = self.connections.get(identity_id)
+        if connection is not None:
+            connection.deliver_messages()
+
+    # ------------------------------------------------------------------ twin operations
+
+    def throttled(self, operation: str) -> bool:
+        """Take one from the operation's token bucket; True if it is empty."""
+        if self.settings.throttle is None:
+            return False
+        rate = self.settings.throttle[0 if operation == "retrieve" else 1]
+        now = time.monotonic()
+        level, at = self._buckets.get(operation, (rate, now))
+        level = min(rate, level + (now - at) * rate)
+        enough = level >= 1
+        self._buckets[operation] = (level - 1 if enough else level, now)
+        return not enough
+
+    def hold_report(self, identity_id: str, apply: Callable[[], None]) -> None:
+        self._held_reports[identity_id] = apply
+
+    def release_report(self, identity_id: str) -> None:
+        apply = self._held_reports.pop(identity_id, None)
+        if apply is not None:
+            apply()
+
+
+def twins_composed(first: twins.Document, second: twins.Document) -> twins.Document:
+    """Two patches in one, nulls kept."""
+    result = dict(first)
+    for key, value in second.items():
+        before = result.get(key)
+        result[key] = (
+            twins_composed(before, value) if isinstance(value, dict) and isinstance(before, dict) else value
+        )
+    return result
+
+
+class Connection(asyncio.Protocol):
+    """One TCP connection of a device."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self._faults = endpoint.faults
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._buffer = bytearray()
+        self._claim: Claim | None = None
+        self._id = ""
+        self._session = Session()
+        self._will: tuple[str, bytes] | None = None
+        self._timers: list[asyncio.TimerHandle] = []
+        self._silence = 0.0
+        self._heard = 0.0
+        self._deaf = False
+        # True between CONNECT and a slow CONNACK: what comes meanwhile waits.
+        self._paused = False
+        self._packet_id = 0
+        self._unacked: dict[int, _Message | None] = {}
+        self._early: list[Packet] = []
+
+    # ------------------------------------------------------------------ asyncio's side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]  # a stream's transport
+        raw = transport.get_extra_info("socket")
+        if raw is not None:
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._endpoint.open.add(self)
+        self._later(self._endpoint.settings.connect_within, self._check_connected)
+
+    def data_received(self, data: bytes) -> None:
+        if self._deaf or self._transport is None:
+            return
+        self._buffer += data
+        try:
+            while self._transport is not None and not self._deaf and not self._paused and self._take_packet():
+                pass
+        except Violation as error:
+            _log.info("%s: connection ended: %s", self._id or "unknown device", error)
+            self.abort()
+        except Exception:  # noqa: BLE001  # no device may take the hub down
+            _log.exception("%s: connection ended by an error of the hub", self._id or "unknown device")
+            self.abort()
+
+    def connection_lost(self, _error: Exception | None) -> None:
+        self._transport = None
+        for timer in self._timers:
+            timer.cancel()
+        self._endpoint.open.discard(self)
+        if self._will is not None and self._id in self._endpoint.telemetry:
+            topic, payload = self._will
+            self._will = None
+            self._telemetry(topic, payload, {"iothub-MessageType": "Will"})
+        if self._endpoint.connections.get(self._id) is self:
+            del self._endpoint.connections[self._id]
+            if not self._session.persistent:
+                self._endpoint.sessions.pop(self._id, None)
+        self._endpoint.changed()
+
+    def abort(self) -> None:
+        """End it now, without a DISCONNECT, which MQTT 3.1.1 does not have for servers."""
+        if self._transport is not None:
+            self._transport.abort()
+            # The loop tells it only later; until then nothing more may happen on it.
+            if self._endpoint.connections.get(self._id) is self:
+                del self._endpoint.connections[self._id]
+            self._deaf = True
+
+    def _end(self) -> None:
+        """End it after what was written has gone out."""
+        self._deaf = True
+        if self._transport is not None:
+            self._transport.close()
+
+    def _later(self, seconds: float, call: Callable[..., None], *arguments: Any) -> None:
+        self._timers = [
+            timer for timer in self._timers if not timer.cancelled() and timer.when() > self._loop.time()
+        ]
+        self._timers.append(self._loop.call_later(max(0.0, seconds), call, *arguments))
+
+    def _check_connected(self) -> None:
+        if self._claim is None:
+            self.abort()
+
+    def _check_silence(self) -> None:
+        left = self._heard + self._silence - self._loop.time()
+        if left <= 0:
+            _log.info("%s: connection ended: silent for 1.5 times its keep-alive", self._id)
+            self.abort()
+        else:
+            self._later(left, self._check_silence)
+
+    # ------------------------------------------------------------------ packets in
+
+    def _take_packet(self) -> bool:
+        """Handle the packet at the head of the buffer; False if it is not whole yet."""
+        buffer = self._buffer
+        length = shift = 0
+        at = 1
+        while True:
+            if at >= len(buffer):
+                return False
+            byte = buffer[at]
+            length |= (byte & 127) << shift
+            at += 1
+            if byte < 128:
+                break
+            shift += 7
+            if shift > 21:
+                raise Violation("a remaining length of more than four bytes")
+        if length > MAX_PACKET + 1024:
+            raise Violation(f"a packet of {length} bytes; {MAX_PACKET} are the most")
+        if len(buffer) < at + length:
+            return False
+        first = buffer[0]
+        body = bytes(buffer[at : at + length])
+        del buffer[: at + length]
+        self._heard = self._loop.time()
+        self._handle(first >> 4, first & 15, body)
+        return True
+
+    def _handle(self, kind: int, flags: int, body: bytes) -> None:
+        if (kind == 1) is (self._claim is not None):
+            raise Violation("a second CONNECT" if kind == 1 else "a packet before CONNECT")
+        if kind == 3:
+            self._publish(flags, body)
+            return
+        if kind == 1:
+            self._connect(flags, body)
+            return
+        if flags != (2 if kind in (8, 10) else 0):
+            raise Violation("reserved flags")
+        if kind != 8:
+            self._log_packet("in", kind)
+        if kind == 4:
+            self._puback(body)
+        elif kind == 8:
+            self._subscribe(body)
+        elif kind == 10:
+            self._unsubscribe(body)
+        elif kind == 12:
+            self._send(13, 0, b"")
+        elif kind == 14:
+            self._will = None
+            self._end()
+        else:
+            raise Violation(f"packet type {kind}")
+
+    def _log_packet(
+        self, direction: str, kind: int, topic: str | None = None, payload: bytes = b"", qos: int = 0
+    ) -> None:
+        packet = Packet(direction, _KINDS.get(kind, str(kind)), topic, payload, qos, time.time())
+        log = self._endpoint.packets.get(self._id)
+        if log is None:
+            # Before CONNECT is believed: handed over if it is.
+            self._early.append(packet)
+        else:
+            log.append(packet)
+            if _log.isEnabledFor(logging.DEBUG):
+                _log.debug("%s %s %s %s %r", self._id, direction, packet.kind, topic or "", payload[:200])
+
+    # ------------------------------------------------------------------ CONNECT
+
+    def _connect(self, flags: int, body: bytes) -> None:
+        reader = _Reader(body)
+        protocol, level, connect_flags, keep_alive = (
+            reader.text(),
+            reader.byte(),
+            reader.byte(),
+            reader.number(),
+        )
+        if flags or protocol not in ("MQTT", "MQIsdp"):
+            raise Violation("no CONNECT of MQTT 3.1.1")
+        if protocol != "MQTT" or level != 4:
+            self._send(2, 0, b"\0\1")
+            self._end()
+            return
+        client_id = reader.text()
+        will = None
+        if connect_flags & 4:
+            will = (reader.text(), reader.data())
+        user_name = reader.text() if connect_flags & 128 else ""
+        password = reader.text() if connect_flags & 64 else ""
+        reader.end()
+        if connect_flags & 1 or (connect_flags & 24) == 24 or (not connect_flags & 4 and connect_flags & 56):
+            raise Violation("reserved CONNECT flags")
+        self._log_packet("in", 1)
+        self._silence = min(keep_alive * 1.5, _MAX_KEEP_ALIVE) if keep_alive else _MAX_KEEP_ALIVE
+        clean = bool(connect_flags & 2)
+        known = client_id if client_id in self._endpoint.twins else None
+        if self._faults.take("half_open", known):
+            self._deaf = True
+            return
+        slow = self._faults.take("connack_slow", known)
+        if slow:
+            self._paused = True
+            self._later(slow["seconds_late"], self._authenticate, client_id, user_name, password, will, clean)
+            return
+        self._authenticate(client_id, user_name, password, will, clean)
+
+    def _authenticate(
+        self, client_id: str, user_name: str, password: str, will: tuple[str, bytes] | None, clean: bool
+    ) -> None:
+        self._paused = False
+        if self._transport is None:
+            return
+        known = client_id if client_id in self._endpoint.twins else None
+        refusal = self._faults.take("connack_refused", known)
+        skew = self._faults.take("clock_skew", known)
+        now = time.time() + (skew["offset"] if skew else 0.0)
+        try:
+            claim = self._endpoint.registry.authenticate(client_id, user_name, password, now)
+            if will is not None and _telemetry_properties(claim.identity, will[0]) is None:
+                raise Refused("the will is not for the telemetry topic")
+        except (Refused, Violation) as error:
+            _log.info("CONNECT refused: %s", error)
+            code = 5
+        else:
+            code = 0
+        if refusal:
+            code = refusal["code"]
+        if code:
+            self._send(2, 0, bytes((0, code)))
+            self._end()
+            return
+        self._accept(claim, will, clean, now)
+
+    def _accept(self, claim: Claim, will: tuple[str, bytes] | None, clean: bool, now: float) -> None:
+        endpoint = self._endpoint
+        self._claim, self._will = claim, will
+        self._id = claim.identity.id
+        # One connection an identity: the newer one wins.
+        endpoint.drop(self._id)
+        endpoint.connections[self._id] = self
+        endpoint.connects[self._id] += 1
+        endpoint.packets[self._id].extend(self._early)
+        if clean or self._faults.take("session_forgotten", self._id):
+            endpoint.sessions.pop(self._id, None)
+        if clean:
+            endpoint.messages[self._id].clear()
+        present = self._id in endpoint.sessions
+        self._session = endpoint.sessions.setdefault(self._id, Session())
+        self._session.persistent = not clean
+        self._heard = self._loop.time()
+        self._check_silence()
+        self._later(claim.expiry + endpoint.settings.token_grace - now, self._expire)
+        self._send(2, 0, bytes((1 if present else 0, 0)))
+        self.deliver_messages()
+        endpoint.changed()
+        if self._buffer:
+            # What came in while CONNACK was slow.
+            self._loop.call_soon(self.data_received, b"")
+
+    def _expire(self) -> None:
+        _log.info("%s: connection ended: its token has expired", self._id)
+        self.abort()
+
+    # ------------------------------------------------------------------ SUBSCRIBE
+
+    def _subscribe(self, body: bytes) -> None:
+        reader = _Reader(body)
+        packet_id = reader.number()
+        wanted = []
+        while reader.left:
+            wanted.append((reader.text(), reader.byte()))
+        if not wanted or packet_id == 0:
+            raise Violation("a SUBSCRIBE without filters or packet identifier")
+        self._log_packet("in", 8, " ".join(name for name, _ in wanted), qos=max(qos for _, qos in wanted))
+        if self._faults.take("suback_refused", self._id):
+            codes = b"\x80" * len(wanted)
+        else:
+            granted = bytearray()
+            for name, qos in wanted:
+                if qos > 2:
+                    raise Violation("a subscription with a QoS that there is not")
+                if name not in self._filters():
+                    raise Violation(f"a subscription to {name!r}, which IoT Hub does not know")
+                self._session.subscriptions[name] = min(qos, 1)
+                granted.append(min(qos, 1))
+            codes = bytes(granted)
+        answer = packet_id.to_bytes(2, "big") + codes
+        late = self._faults.take("suback_late", self._id)
+        if late:
+            self._later(late["seconds_late"], self._send, 9, 0, answer)
+        else:
+            self._send(9, 0, answer)
+        self.deliver_messages()
+        self._endpoint.changed()
+
+    def _filters(self) -> tuple[str, ...]:
+        identity = self._identity()
+        if identity.module_id is None:
+            return (*_TWIN_FILTERS, f"devices/{identity.device_id}/messages/devicebound/#")
+        base = f"devices/{identity.device_id}/modules/{identity.module_id}"
+        return (*_TWIN_FILTERS, f"{base}/#", f"{base}/inputs/#")
+
+    def _unsubscribe(self, body: bytes) -> None:
+        reader = _Reader(body)
+        packet_id = reader.number()
+        if not reader.left:
+            raise Violation("an UNSUBSCRIBE without filters")
+        while reader.left:
+            self._session.subscriptions.pop(reader.text(), None)
+        self._send(11, 0, packet_id.to_bytes(2, "big"))
+
+    # ------------------------------------------------------------------ PUBLISH in
+
+    def _publish(self, flags: int, body: bytes) -> None:
+        reader = _Reader(body)
+        topic = reader.text()
+        qos = (flags >> 1) & 3
+        if qos > 1:
+            raise Violation("a PUBLISH with QoS 2")
+        packet_id = reader.number() if qos else 0
+        if qos and not packet_id:
+            raise Violation("a PUBLISH without packet identifier")
+        payload = reader.rest()
+        self._log_packet("in", 3, topic, payload, qos)
+
+        def acknowledge() -> None:
+            if qos:
+                self._send(4, 0, packet_id.to_bytes(2, "big"))
+
+        path, mark, query = topic.partition("?")
+        path = path.rstrip("/") if mark else path
+        if path == _RETRIEVE_PATH and mark:
+            self._operation("retrieve", query, payload, acknowledge)
+        elif path == _REPORT_PATH and mark:
+            self._operation("report", query, payload, acknowledge)
+        elif topic.startswith("$iothub/methods/res/"):
+            acknowledge()
+        else:
+            extra = {}
+            if flags & 1:
+                extra["mqtt-retain"] = "true"
+            if flags & 8:
+                extra["mqtt-dup"] = "true"
+            self._telemetry(topic, payload, extra)
+            acknowledge()
+
+    def _telemetry(self, topic: str, payload: bytes, extra: dict[str, str]) -> None:
+        found = _telemetry_properties(self._identity(), topic)
+        if found is None:
+            raise Violation(f"a PUBLISH to {topic!r}, which IoT Hub does not know")
+        properties, system = found
+        self._endpoint.telemetry[self._id].append(Telemetry(payload, {**properties, **extra}, system))
+        self._endpoint.changed()
+
+    # ------------------------------------------------------------------ twin operations
+
+    def _operation(self, operation: str, query: str, payload: bytes, acknowledge: Callable[[], None]) -> None:
+        parameters: dict[str, str] = {}
+        for pair in query.split("&"):
+            name, _, value = pair.partition("=")
+            parameters.setdefault(unquote(name), value)
+        request_id = parameters.get("$rid", "")
+        if operation == "retrieve" and not request_id:
+            raise Violation("a retrieve without $rid")
+        take = self._faults.take
+        if take("disconnect", self._id, operation):
+            raise Violation("a fault that was asked for")
+        version_text = parameters.get("$version")
+        if version_text is not None and not (version_text.isascii() and version_text.isdigit()):
+            raise Violation("a $version that is no number")
+        early = take("answer_before_puback", self._id, operation)
+        if not early:
+            acknowledge()
+
+        def finish() -> None:
+            self._perform(operation, request_id, payload, None if version_text is None else int(version_text))
+
+        if operation == "report" and take("reports_reordered", self._id, operation):
+            self._endpoint.hold_report(self._id, finish)
+        else:
+            finish()
+            if operation == "report":
+                self._endpoint.release_report(self._id)
+        if early:
+            acknowledge()
+
+    def _perform(self, operation: str, request_id: str, payload: bytes, version: int | None) -> None:
+        status, body, new_version = self._outcome(operation, payload, version)
+        self._endpoint.changed()
+        if not request_id:
+            return
+        topic = f"$iothub/twin/res/{status}/?$rid={request_id}"
+        if new_version is not None:
+            topic += f"&$version={new_version}"
+        take = self._faults.take
+        if take("answer_lost", self._id, operation):
+            return
+        if take("cut_in_packet", self._id, operation):
+            packet = _packet(3, 0, _text(topic) + body)
+            if self._transport is not None:
+                self._transport.write(packet[: len(packet) // 2])
+            self._end()
+            return
+        late = take("answer_late", self._id, operation)
+        if late:
+            self._later(late["seconds_late"], self.deliver, _RESPONSE_FILTER, topic, body)
+            return
+        self.deliver(_RESPONSE_FILTER, topic, body)
+        if take("answer_doubled", self._id, operation):
+            self.deliver(_RESPONSE_FILTER, topic, body)
+
+    def _outcome(self, operation: str, payload: bytes, version: int | None) -> tuple[int, bytes, int | None]:
+        """Do it: status, body, and the version that the topic tells."""
+        endpoint = self._endpoint
+        if self._faults.take("quota", self._id, operation):
+            return (
+                403,
+                self._error(403002, "Total number of messages on IotHub exceeded the allocated quota."),
+                None,
+            )
+        asked = self._faults.take("answer_status", self._id, operation)
+        if asked:
+            status = asked["status"]
+            if asked["body"] is not None:
+                return status, b"" if asked["body"] == "empty" else str(asked["body"]).encode(), None
+            return (
+                status,
+                self._error(asked["error_code"] or status * 1000 + 1, "A fault that was asked for."),
+                None,
+            )
+        if endpoint.throttled(operation):
+            return 429, self._error(429001, "Throttled."), None
+        twin = endpoint.twins[self._id]
+        if operation == "retrieve":
+            return 200, twin.device_view(), None
+        try:
+            if self._claim is not None and self._claim.api_version is None:
+                raise twins.Invalid(400004, "The user name has no api-version.")
+            twin.patch_reported(payload, version, endpoint.settings.size_code)
+        except twins.Invalid as error:
+            return error.status, self._error(error.code, error.message), None
+        return 204, b"", twin.reported_version
+
+    def _error(self, code: int, message: str) -> bytes:
+        if self._endpoint.settings.error_body == "empty":
+            return b""
+        now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        body = {
+            "errorCode": code,
+            "trackingId": f"{uuid.uuid4().hex}-G:0-TimeStamp:{now}",
+            "message": message,
+            "timestampUtc": now,
+        }
+        return json.dumps(body).encode()
+
+    # ------------------------------------------------------------------ packets out
+
+    def deliver(self, subscription: str, topic: str, payload: bytes) -> None:
+        """Send a twin message, if the device subscribed to it; else it is dropped."""
+        granted = self._session.subscriptions.get(subscription)
+        if granted is None:
+            return
+        qos = granted if self._endpoint.settings.answer_qos == "granted" else 0
+        self._deliver(topic, payload, qos, None)
+
+    def send_raw(self, topic: str, payload: bytes) -> None:
+        """Send any PUBLISH, as it is."""
+        self._deliver(topic, payload, 0, None)
+
+    def forget(self) -> None:
+        """Lose the session under the open connection."""
+        self._session.subscriptions.clear()
+
+    def deliver_messages(self) -> None:
+        """Send the cloud-to-device messages that wait, if the device subscribed to them."""
+        identity = self._identity()
+        topic = f"devices/{identity.device_id}/messages/devicebound/"
+        qos = self._session.subscriptions.get(topic + "#")
+        if qos is None:
+            return
+        waiting = self._endpoint.messages[self._id]
+        in_flight = [message for message in self._unacked.values() if message is not None]
+        for message in list(waiting):
+            if not any(message is one for one in in_flight):
+                self._deliver(topic + message.bag, message.payload, qos, message)
+                if not qos:
+                    waiting.remove(message)
+
+    def _deliver(self, topic: str, payload: bytes, qos: int, message: _Message | None) -> None:
+        head = _text(topic)
+        flags = qos << 1
+        if qos:
+            self._packet_id = self._packet_id % 65535 + 1
+            self._unacked[self._packet_id] = message
+            head += self._packet_id.to_bytes(2, "big")
+            if message is not None:
+                flags |= 8 if message.delivered else 0
+                message.delivered = True
+        self._send(3, flags, head + payload, topic, payload, qos)
+
+    def _puback(self, body: bytes) -> None:
+        reader = _Reader(body)
+        packet_id = reader.number()
+        reader.end()
+        if packet_id not in self._unacked:
+            raise Violation("a PUBACK for nothing that was sent at QoS 1")
+        message = self._unacked.pop(packet_id)
+        waiting = self._endpoint.messages[self._id]
+        for one in waiting:
+            if one is message:
+                waiting.remove(one)
+                break
+        self._endpoint.changed()
+
+    def _send(
+        self, kind: int, flags: int, body: bytes, topic: str | None = None, payload: bytes = b"", qos: int = 0
+    ) -> None:
+        transport = self._transport
+        if transport is None or self._deaf:
+            return
+        self._log_packet("out", kind, topic, payload, qos)
+        transport.write(_packet(kind, flags, body))
+        if transport.get_write_buffer_size() > _MAX_BACKLOG:
+            _log.info("%s: connection ended: it does not read", self._id)
+            self.abort()
+
+    def _identity(self) -> Identity:
+        if self._claim is None:
+            raise Violation("a packet before CONNECT")
+        return self._claim.identity
+
+
+class _Reader:
+    """Takes the fields of a packet apart; Violation where it is too short or not UTF-8."""
+
+    def __init__(self, body: bytes) -> None:
+        self._body = body
+        self._at = 0
+
+    @property
+    def left(self) -> int:
+        return len(self._body) - self._at
+
+    def _take(self, count: int) -> bytes:
+        if self.left < count:
+            raise Violation("a packet that is shorter than its fields")
+        self._at += count
+        return self._body[self._at - count : self._at]
+
+    def byte(self) -> int:
+        return self._take(1)[0]
+
+    def number(self) -> int:
+        return int.from_bytes(self._take(2), "big")
+
+    def data(self) -> bytes:
+        return self._take(self.number())
+
+    def text(self) -> str:
+        try:
+            text = self.data().decode()
+        except UnicodeDecodeError:
+            raise Violation("a text that is not UTF-8") from None
+        if "\0" in text:
+            raise Violation("a text with U+0000")
+        return text
+
+    def rest(self) -> bytes:
+        return self._take(self.left)
+
+    def end(self) -> None:
+        if self.left:
+            raise Violation("a packet that is longer than its fields")
+
+
+def _packet(kind: int, flags: int, body: bytes) -> bytes:
+    head = bytearray((kind << 4 | flags,))
+    length = len(body)
+    while True:
+        length, digit = length >> 7, length & 127
+        head.append(digit | (128 if length else 0))
+        if not length:
+            return bytes(head) + body
+
+
+def _text(text: str) -> bytes:
+    data = text.encode()
+    return len(data).to_bytes(2, "big") + data
+
+
+def _telemetry_properties(identity: Identity, topic: str) -> tuple[dict[str, str], dict[str, str]] | None:
+    """The app's and the system's properties in a telemetry topic; None if it is none of this identity's."""
+    module = "" if identity.module_id is None else f"/modules/{identity.module_id}"
+    base = f"devices/{identity.device_id}{module}/messages/events"
+    if topic != base and not topic.startswith(base + "/"):
+        return None
+    properties: dict[str, str] = {}
+    system: dict[str, str] = {}
+    bag = topic[len(base) + 1 :].rstrip("/")
+    for pair in bag.split("&") if bag else ():
+        name, _, value = pair.partition("=")
+        name = _decoded(name)
+        if name in _SYSTEM_PROPERTIES:
+            system[_SYSTEM_PROPERTIES[name]] = _decoded(value)
+        else:
+            properties[name] = _decoded(value)
+    return properties, system
+
+
+def _decoded(text: str) -> str:
+    """Percent-decoded; Violation for what should have been encoded."""
+    if any(c in " :/?#" for c in text):
+        raise Violation("a property bag with characters that must be percent-encoded")
+    try:
+        return unquote(text, errors="strict")
+    except UnicodeDecodeError:
+        raise Violation("a property bag that is not UTF-8") from None

@@ -1,0 +1,188 @@
+"""Who may connect: identities, their keys, the hub's policies, and the check of what CONNECT brings.
+
+Sources: IoT Hub, "Control access with shared access signatures" and "Understand the identity registry".
+"""
+
+import base64
+import binascii
+import hashlib
+import hmac
+import re
+import secrets
+from dataclasses import dataclass, field
+from urllib.parse import unquote
+
+_ID = re.compile(r"[A-Za-z0-9\-:.+%_#*?!(),=@;$']{1,128}\Z")
+# Rights of the policies that every hub begins with.
+_POLICIES = {
+    "iothubowner": {"ServiceConnect", "DeviceConnect", "RegistryRead", "RegistryWrite"},
+    "service": {"ServiceConnect"},
+    "device": {"DeviceConnect"},
+    "registryRead": {"RegistryRead"},
+    "registryReadWrite": {"RegistryRead", "RegistryWrite"},
+}
+
+
+class Refused(Exception):
+    """CONNECT is refused. The reason is for the hub's own log; the device is told only "not authorized"."""
+
+
+def make_key() -> str:
+    """A new key as the hub makes them: 32 random bytes in base64."""
+    return base64.b64encode(secrets.token_bytes(32)).decode()
+
+
+def check_key(key: str) -> str:
+    """The key, if it is base64; ValueError, without the key, if it is none."""
+    try:
+        if base64.b64decode(key, validate=True):
+            return key
+    except (binascii.Error, ValueError):
+        pass
+    raise ValueError("a key is not base64")
+
+
+@dataclass
+class Identity:
+    """A device or a module. Keys never show in repr."""
+
+    device_id: str
+    module_id: str | None
+    primary_key: str = field(repr=False)
+    secondary_key: str = field(repr=False)
+    enabled: bool = True
+    model_id: str = ""
+
+    @property
+    def id(self) -> str:
+        """ "device" or "device/module": also the client identifier of MQTT."""
+        return self.device_id if self.module_id is None else f"{self.device_id}/{self.module_id}"
+
+    @property
+    def resource(self) -> str:
+        """What a token has to cover, behind the host name."""
+        tail = "" if self.module_id is None else f"/modules/{self.module_id}"
+        return f"/devices/{self.device_id}{tail}"
+
+
+@dataclass
+class Claim:
+    """What a CONNECT says of itself, checked."""
+
+    identity: Identity
+    expiry: float
+    api_version: str | None
+
+
+class Registry:
+    """The identities of one hub."""
+
+    def __init__(self, host_names: tuple[str, ...], owner_key: str | None = None) -> None:
+        if not host_names or not all(host_names):
+            raise ValueError("a hub has at least one host name")
+        self.host_names = tuple(name.lower() for name in host_names)
+        self.policy_key = check_key(owner_key) if owner_key else make_key()
+        self.identities: dict[str, Identity] = {}
+
+    def create(self, identity_id: str, key: str | None = None) -> Identity:
+        """Add a device, or a module ("device/module"). ValueError: it exists, or the id or key is bad."""
+        device_id, slash, module_id = identity_id.partition("/")
+        for part in (device_id, module_id) if slash else (device_id,):
+            if not _ID.match(part):
+                raise ValueError(
+                    f"{identity_id!r} is not an id: 1 to 128 letters, digits and -:.+%_#*?!(),=@;$'"
+                )
+        if identity_id in self.identities:
+            raise ValueError(f"{identity_id!r} exists already")
+        identity = Identity(
+            device_id, module_id if slash else None, check_key(key) if key else make_key(), make_key()
+        )
+        self.identities[identity_id] = identity
+        return identity
+
+    def delete(self, identity_id: str) -> list[str]:
+        """Remove an identity, a device with its modules; returns the ids that are gone. KeyError: unknown."""
+        del self.identities[identity_id]
+        modules = [other for other in self.identities if other.startswith(identity_id + "/")]
+        for other in modules:
+            del self.identities[other]
+        return [identity_id, *modules]
+
+    def authenticate(self, client_id: str, user_name: str, password: str, now: float) -> Claim:
+        """The claim of a CONNECT; Refused if it is not to be believed. now: Unix seconds."""
+        host, identity_id, parameters = _parse_user_name(user_name)
+        if host not in self.host_names:
+            raise Refused(f"the user name names the host {host!r}, this hub is {', '.join(self.host_names)}")
+        if client_id != identity_id:
+            raise Refused("client identifier and user name name different identities")
+        identity = self.identities.get(identity_id)
+        if identity is None:
+            raise Refused("no such identity")
+        device = self.identities.get(identity.device_id, identity)
+        if not identity.enabled or not device.enabled:
+            raise Refused("the identity is disabled")
+        expiry = self._check_token(identity, password, now)
+        if "model-id" in parameters:
+            identity.model_id = parameters["model-id"]
+        return Claim(identity, expiry, parameters.get("api-version") or None)
+
+    def _check_token(self, identity: Identity, token: str, now: float) -> float:
+        fields = _parse_token(token)
+        resource, signature, expiry_text = fields["sr"], fields["sig"], fields["se"]
+        if not (expiry_text.isascii() and expiry_text.isdigit() and len(expiry_text) < 16):
+            raise Refused("the token's expiry is no number")
+        # The signature covers the resource as it stands in the token, still encoded.
+        signed = f"{resource}\n{expiry_text}".encode()
+        policy = fields.get("skn")
+        if policy:
+            if "DeviceConnect" not in _POLICIES.get(policy, ()):
+                raise Refused("the token's policy may not connect devices")
+            keys = [self.policy_key]
+        else:
+            keys = [identity.primary_key, identity.secondary_key]
+        wanted = [
+            base64.b64encode(hmac.digest(base64.b64decode(key), signed, hashlib.sha256)) for key in keys
+        ]
+        given = unquote(signature).encode()
+        if not any([hmac.compare_digest(given, one) for one in wanted]):  # noqa: C419  # every key, every time
+            raise Refused("the token's signature is wrong")
+        if not self._covers(resource, identity):
+            raise Refused("the token is for another resource")
+        if int(expiry_text) <= now:
+            raise Refused("the token has expired")
+        return float(expiry_text)
+
+    def _covers(self, resource: str, identity: Identity) -> bool:
+        # Ids with special characters are encoded once by some clients and twice by others.
+        for decoded in (unquote(resource), unquote(unquote(resource))):
+            host, slash, path = decoded.partition("/")
+            host = host.partition(":")[0].lower()
+            if host in self.host_names:
+                given = (slash + path).rstrip("/")
+                if identity.resource == given or f"{identity.resource}/".startswith(f"{given}/"):
+                    return True
+        return False
+
+
+def _parse_user_name(user_name: str) -> tuple[str, str, dict[str, str]]:
+    """Host, identity and parameters of "{host}/{device}[/{module}]/?api-version=..."."""
+    head, slash, tail = user_name.rpartition("/")
+    if not slash or not (tail.startswith("?") or "api-version=" in tail or not tail):
+        # Hobby clients leave the parameters out altogether.
+        head, tail = user_name, ""
+    segments = head.split("/")
+    if len(segments) not in (2, 3) or not all(segments):
+        raise Refused("the user name is not {host}/{device}[/{module}]/?api-version=...")
+    parameters: dict[str, str] = {}
+    for pair in tail.lstrip("?").split("&"):
+        name, _, value = pair.partition("=")
+        parameters.setdefault(name, unquote(value))
+    return segments[0].partition(":")[0].lower(), "/".join(segments[1:]), parameters
+
+
+def _parse_token(token: str) -> dict[str, str]:
+    prefix, space, rest = token.partition(" ")
+    fields = dict(pair.partition("=")[::2] for pair in rest.split("&"))
+    if prefix != "SharedAccessSignature" or not space or not {"sr", "sig", "se"} <= fields.keys():
+        raise Refused("the password is no shared access signature")
+    return fields
