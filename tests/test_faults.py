@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import PATIENCE, App, wait_until
+from tests.app import PATIENCE, App, wait_until
 from twin_device import ConnectRefused, ReportRejected, ReportTimeout
 from twin_device.hub import Device, LocalHub
 
@@ -327,6 +327,8 @@ def test_a_used_up_quota_is_waited_out_slowly(local_hub: LocalHub, device: Devic
     assert fault.hits == 1
     assert app.client.statistics["throttled"] == 1
     assert app.client.state == "synchronised"
+    # Without this, closing waits for the report.
+    app.client.disconnect()
 
 
 def test_a_twin_deleted_and_created_again_starts_over(local_hub: LocalHub, device: Device, app: App) -> None:

@@ -67,6 +67,10 @@ class _Story:
         def moved(_old: str, new: str) -> None:
             self.states.put(new)
 
+        @client.on_error
+        def failed(error: Exception) -> None:
+            self.say("device", f"the app's error handler is told: {error}")
+
         @client.setting("telemetryConfig")
         def apply(value: Document) -> None:
             if value["sendFrequency"] == "0s":

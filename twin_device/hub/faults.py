@@ -104,6 +104,10 @@ class Fault:
             or (self._ends is not None and time.monotonic() >= self._ends)
         )
 
+    def __getitem__(self, name: str) -> Any:
+        """The value of a parameter."""
+        return self.parameters[name]
+
     def clear(self) -> None:
         """Let it happen no more."""
         self._cleared = True
@@ -148,10 +152,8 @@ class Faults:
     def active(self) -> list[Fault]:
         return [fault for fault in self._faults if fault.active]
 
-    def take(
-        self, kind: str, device: str | None = None, operation: str | None = None
-    ) -> dict[str, Any] | None:
-        """The parameters of the first fault that is to happen here, counted as a hit; None if none is."""
+    def take(self, kind: str, device: str | None = None, operation: str | None = None) -> Fault | None:
+        """The first fault that is to happen here, counted as a hit; None if none is."""
         for fault in self._faults:
             if (
                 fault.kind == kind
@@ -160,5 +162,5 @@ class Faults:
                 and fault.active
             ):
                 fault.hits += 1
-                return fault.parameters
+                return fault
         return None
