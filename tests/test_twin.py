@@ -4,6 +4,7 @@ The numbers are those of the rules: 1 synchronising, 2 desired notifications, 3 
 """
 
 import copy
+import heapq
 import itertools
 import json
 import os
@@ -441,6 +442,26 @@ def test_1_2_a_document_that_notifications_have_overtaken_takes_nothing_back():
     assert bench.result(ticket).twin["desired"] == {"a": 1}
     bench.notify({"a": 3}, 7)
     assert bench.changes() == [{"a": 3}]
+
+
+@pytest.mark.parametrize("trouble", ["rubbish", "gap"])
+def test_1_2_nor_does_it_if_a_gap_was_found_meanwhile(trouble):
+    bench = Bench().synchronised({"a": 5}, 5)
+    bench.retrieve()
+    bench.notify({"a": 6}, 6)
+    bench.notify({"a": 7}, 7)
+    if trouble == "rubbish":
+        bench.message("$iothub/twin/PATCH/properties/desired/?$version=8", b"?")
+    else:
+        bench.notify({"a": 9}, 9)
+    bench.document({"a": 6}, 6)
+    assert bench.changes() == []
+    assert bench.twin.desired == {"a": 7}
+    assert bench.get is not None
+    bench.document({"a": 9, "b": 8}, 9)
+    assert bench.changes() == [{"a": 9, "b": 8}]
+    assert bench.twin.state == SYNCHRONISED
+    assert bench.get is None
 
 
 def test_1_3_notifications_before_the_document_wait_for_it():
@@ -1264,6 +1285,18 @@ def test_a_lost_answer_then_412_is_decided_by_the_document(merged):
     assert bench.twin.reported["b"] == 1
 
 
+@pytest.mark.parametrize("status", [429, 503, 404])
+def test_that_document_is_asked_for_until_it_comes(status):
+    bench = Bench().synchronised(reported={"a": 0}, reported_version=7)
+    ticket = bench.report({"a": 1}, version=7)
+    bench.tick()
+    bench.answer(412)
+    bench.answer_get(status)
+    assert kinds(bench.tick()) == ["retrieve"]
+    bench.document(reported={"a": 1}, reported_version=8)
+    assert bench.result(ticket) == Reported(ticket, 8, None)
+
+
 def test_a_conditional_report_lost_with_its_connection_is_decided_by_the_document():
     def lost():
         bench = Bench().synchronised(reported={"a": 0}, reported_version=7)
@@ -1308,6 +1341,17 @@ def test_reports_that_undo_each_other_are_joined_without_end():
     assert len(bench.twin._queue) <= 32
     bench.answer(204, 2)
     assert bench.patch == {"a": None}
+
+
+def test_nothing_is_joined_to_a_report_that_the_hub_may_have_merged(monkeypatch):
+    monkeypatch.setattr(machine, "_MAX_PARTS", 1)
+    bench = Bench().synchronised()
+    bench.report({"a": {"b": {"c": 1}}})
+    bench.disconnected()
+    bench.report({"a": {"b": None}})
+    bench.report({"a": {"b": {}}})
+    bench.dialled_again(reported={"a": {"b": {"c": 1}}})
+    assert apply({"a": {"b": {"c": 1}}}, bench.patch) == {"a": {"b": {}}}
 
 
 def test_reports_that_cannot_be_joined_are_refused_at_1024():
@@ -1837,3 +1881,431 @@ def test_a_flat_desired_patch_takes_few_python_calls():
     finally:
         sys.setprofile(None)
     assert len(calls) <= 8, calls
+
+
+# ---------------------------------------------------------------------- against a hub that misbehaves
+
+
+class Hub:
+    """A twin in memory, and what can go wrong with it. Shares no code with the twin that it serves."""
+
+    def __init__(self, chance, faults):
+        self.chance = chance
+        self.faults = faults
+        self.snapshots = []
+        self.recreate()
+
+    def recreate(self):
+        self.desired, self.desired_version = {}, 1
+        self.reported, self.reported_version = {}, 1
+
+    def roll_back(self):
+        if self.snapshots:
+            kept = copy.deepcopy(self.chance.choice(self.snapshots))
+            self.desired, self.desired_version, self.reported, self.reported_version = kept
+
+    def remember(self):
+        kept = (self.desired, self.desired_version, self.reported, self.reported_version)
+        self.snapshots.append(copy.deepcopy(kept))
+
+    def write(self, patch):
+        """The back end writes; the notification."""
+        self.desired = apply(self.desired, patch)
+        self.desired_version += 1
+        body = {**patch, "$version": self.desired_version}
+        topic = f"$iothub/twin/PATCH/properties/desired/?$version={self.desired_version}"
+        return topic, json.dumps(body).encode()
+
+    def serve(self, topic, payload):
+        """A request; its answer."""
+        rid = request_id(topic)
+        fault = self.chance.random() < self.faults
+        if fault and self.chance.random() < 0.3:
+            status, body = self.chance.choice(
+                [(429, b""), (503, b"<busy>"), (500, b""), (408, b"{}"), (403, QUOTA)]
+            )
+            wait = self.chance.choice(["", "", "&retry-after=3", "&retry-after=soon"])
+            return f"$iothub/twin/res/{status}/?$rid={rid}{wait}", body
+        if "/GET/" in topic:
+            body = {
+                "desired": {**self.desired, "$version": self.desired_version},
+                "reported": {**self.reported, "$version": self.reported_version},
+            }
+            text = json.dumps(body).encode()
+            if fault and self.chance.random() < 0.1:
+                text = text[: len(text) // 2]
+            return f"$iothub/twin/res/200/?$rid={rid}", text
+        patch = json.loads(payload)
+        wanted = condition(topic)
+        if wanted is not None and wanted != self.reported_version:
+            return f"$iothub/twin/res/412/?$rid={rid}", b'{"errorCode":412001}'
+        if patch.get("bad") is not None:
+            return f"$iothub/twin/res/400/?$rid={rid}", b'{"errorCode":400004}'
+        self.reported = apply(self.reported, patch)
+        self.reported_version += 1
+        return f"$iothub/twin/res/204/?$rid={rid}&$version={self.reported_version}", b""
+
+
+class World:
+    """A hub, a network that loses, doubles, delays and reorders, a shell, and an app that checks what it is given."""
+
+    def __init__(self, seed, faults, **options):
+        self.chance = random.Random(seed)
+        self.faults = faults
+        self.hub = Hub(self.chance, faults)
+        self.timeout = 20 * SECOND
+        self.twin = Twin(timeout=self.timeout, **options)
+        self.now = 0
+        self.connection = 0  # counts; what belongs to an earlier one does not arrive
+        self.subscribed = False  # as the hub sees it
+        self.granted = False  # as the client sees it
+        self.alive = False
+        self.uplink = 0  # when the last request arrives: requests of one connection keep their order
+        self.events = []
+        self.count = itertools.count()
+        self.open = {}  # "get" and "report": its request id, and when it was sent
+        self.desired = {}
+        self.version = None  # of the last change in this connection
+        self.order = []  # of reports: ticket, patch
+        self.ended = {}
+        self.asked = []
+        self.handed = []
+        self.failed = []
+
+    # The network.
+
+    def sometimes(self, probability=1.0):
+        return self.chance.random() < self.faults * probability
+
+    def at(self, delay, action, *arguments):
+        heapq.heappush(self.events, (self.now + delay, next(self.count), self.connection, action, arguments))
+
+    def delay(self):
+        if self.sometimes(0.1):
+            return self.chance.randrange(40 * SECOND)
+        if self.sometimes():
+            return self.chance.randrange(2 * SECOND)
+        return self.chance.randrange(1, 50)
+
+    def jitter(self):
+        return self.chance.random()
+
+    def perform(self, outputs):
+        for output in outputs:
+            kind = type(output)
+            if kind is Connect:
+                self.drop()
+                self.at(self.delay(), self.dialled)
+            elif kind is Disconnect:
+                self.drop()
+            elif kind is Subscribe:
+                assert output.filters == FILTERS
+                self.at(self.delay(), self.hub_subscribes)
+            elif kind is Publish:
+                self.publish(output)
+            elif kind is StateChanged:
+                assert output.old != output.new
+            elif kind is DesiredChanged:
+                self.change(output)
+            elif kind is Reported or kind is Retrieved:
+                assert output.ticket not in self.ended, "a ticket ended twice"
+                self.ended[output.ticket] = output.error
+            elif kind is Failed:
+                self.failed.append(output.error)
+            else:
+                self.other(output)
+
+    def other(self, output):
+        raise AssertionError(output)
+
+    def drop(self):
+        self.connection += 1
+        self.alive = self.subscribed = self.granted = False
+        self.open = {}
+        self.version = None
+
+    def dialled(self):
+        if self.sometimes(0.3):
+            self.take(self.twin.disconnected(self.now, self.jitter()))
+        elif self.sometimes(0.1):
+            self.take(self.twin.refused(self.chance.choice([3, 5]), self.now, self.jitter()))
+        elif not self.sometimes(0.05):  # else: no CONNACK ever
+            self.alive = True
+            lifetime = self.chance.choice([None, 5 * MINUTE, 60 * MINUTE])
+            self.take(self.twin.connected(self.now, self.jitter(), lifetime))
+
+    def hub_subscribes(self):
+        if self.alive and not self.sometimes(0.1):
+            self.subscribed = True
+            granted = (0, 0x80) if self.sometimes(0.03) else (0, 0)
+            self.at(self.delay(), self.suback, granted)
+
+    def suback(self, granted):
+        self.granted = True
+        self.take(self.twin.subscribed(granted, self.now, self.jitter()))
+
+    def publish(self, output):
+        assert self.granted, "published before SUBACK"
+        name = "get" if is_retrieve(output) else "report"
+        _, sent = self.open.get(name, (None, None))
+        assert sent is None or self.now - sent >= self.timeout, f"two of {name} in flight"
+        self.open[name] = f"/?$rid={request_id(output.topic)}", self.now
+        self.uplink = max(self.uplink, self.now + self.delay())
+        if not self.sometimes(0.1):
+            self.at(self.uplink - self.now, self.hub_serves, output.topic, output.payload)
+
+    def hub_serves(self, topic, payload):
+        if not self.alive:
+            return
+        answer = self.hub.serve(topic, payload)
+        if self.sometimes(0.05):  # a resumed session brings it on a later connection
+            self.connection += 1
+            self.at(self.delay(), self.arrive, *answer)
+            self.connection -= 1
+        elif not self.sometimes(0.15):
+            self.at(self.delay(), self.arrive, *answer)
+            if self.sometimes(0.1):
+                self.at(self.delay(), self.arrive, *answer)
+
+    def arrive(self, topic, payload):
+        for name, (rid, _) in list(self.open.items()):
+            if (topic + "&").partition(rid)[2][:1] == "&":
+                del self.open[name]
+        self.take(self.twin.message_received(topic, payload, self.now, self.jitter()))
+
+    def cut(self):
+        """The hub is gone; the client notices later."""
+        self.alive = self.subscribed = False
+        self.at(self.delay(), self.notice)
+
+    def notice(self):
+        self.drop()
+        self.take(self.twin.disconnected(self.now, self.jitter()))
+
+    # The app.
+
+    def change(self, output):
+        assert apply(self.desired, output.patch) == output.desired
+        assert same_json(output.desired, self.twin.desired)
+        assert self.version is None or self.twin.desired_version >= self.version, "versions went back"
+        self.version = self.twin.desired_version
+        self.desired = copy.deepcopy(output.desired)
+        self.handed.append(copy.deepcopy(output))
+
+    def take(self, outputs):
+        self.perform(outputs)
+
+    def report(self, **options):
+        patch = self.patch(3)
+        if self.chance.random() < 0.1 and self.bad_reports:
+            patch["bad"] = 1
+        ticket, outputs = self.twin.report(patch, self.now, **options)
+        self.order.append((ticket, patch))
+        self.take(outputs)
+
+    bad_reports = True
+
+    def patch(self, depth):
+        patch = {}
+        for key in self.chance.sample("abcd", self.chance.randrange(1, 4)):
+            pick = self.chance.random()
+            if pick < 0.25:
+                patch[key] = None
+            elif pick < 0.6 and depth > 1:
+                patch[key] = self.patch(depth - 1)
+            else:
+                patch[key] = self.chance.choice([0, 1, True, False, "x", [1, {"a": 1}], {}, 1.5])
+        return patch
+
+    def write(self):
+        topic, payload = self.hub.write(self.desired_patch())
+        if not self.subscribed or self.sometimes(0.2):
+            return
+        if self.sometimes(0.05):
+            payload = self.chance.choice(
+                [payload[:-3], b"[]", payload.replace(b"$version", b"$else"), b"\xff"]
+            )
+            topic = self.chance.choice([topic, topic.partition("?")[0]])
+        if self.sometimes(0.03):
+            payload = b'{"never":"written","$version":%d}' % 10**12
+        self.at(self.delay(), self.arrive, topic, payload)
+        if self.sometimes(0.2):
+            self.at(self.delay(), self.arrive, topic, payload)
+
+    def desired_patch(self):
+        return self.patch(3)
+
+    # Time.
+
+    def step(self, until):
+        """The next thing that is due before until; False if there is none."""
+        deadline = self.twin.deadline
+        due = [self.events[0][0]] if self.events else []
+        if deadline is not None:
+            due.append(deadline)
+        if not due or min(due) > until:
+            self.now = max(self.now, until)
+            return False
+        if self.events and (deadline is None or self.events[0][0] <= deadline):
+            when, _, connection, action, arguments = heapq.heappop(self.events)
+            self.now = max(self.now, when)
+            if connection == self.connection:
+                action(*arguments)
+            if deadline is not None and self.now < deadline == self.twin.deadline:
+                assert self.twin.tick(self.now, self.jitter()) == [], (
+                    "tick had something to do before its deadline"
+                )
+        else:
+            late = self.chance.randrange(30) if self.sometimes() else 0
+            self.now = max(self.now, deadline) + late
+            outputs = self.twin.tick(self.now, self.jitter())
+            after = self.twin.deadline
+            assert outputs or after is None or after > self.now, "tick spins"
+            self.take(outputs)
+        return True
+
+    def run(self, milliseconds):
+        until = self.now + milliseconds
+        for _ in range(200000):
+            if not self.step(until):
+                return
+        raise AssertionError("endless traffic")
+
+    def misbehave(self, steps):
+        for _ in range(steps):
+            self.run(self.chance.choice([0, 10, 100, SECOND, 10 * SECOND, 100 * SECOND]))
+            self.happens()
+            self.hub.remember()
+
+    def happens(self):
+        pick = self.chance.random()
+        if pick < 0.35:
+            self.write()
+        elif pick < 0.75:
+            self.report(**self.chance.choice(self.ways))
+        elif pick < 0.82:
+            ticket, outputs = self.twin.retrieve(self.now)
+            self.asked.append(ticket)
+            self.take(outputs)
+        elif pick < 0.88 and self.alive:
+            self.cut()
+        elif pick < 0.91 and self.alive and self.rolls_back:
+            self.chance.choice([self.hub.recreate, self.hub.roll_back])()
+            self.cut()
+        elif pick < 0.93:
+            self.take(self.twin.stop())
+            self.run(self.chance.choice([0, 5 * SECOND]))
+            self.take(self.twin.start(self.now))
+
+    ways = ({}, {}, {}, {}, {"always": True})
+    rolls_back = True
+
+    def recover(self):
+        """The hub is well again, and the back end writes once more."""
+        self.faults = self.hub.faults = 0
+        self.take(self.twin.start(self.now))
+        self.run(MINUTE)
+        self.write()
+        self.run(40 * MINUTE)
+        assert self.twin.state == SYNCHRONISED
+        assert self.twin.desired_version == self.hub.desired_version
+        assert same_json(self.twin.desired, self.hub.desired)
+        assert same_json(self.desired, self.hub.desired)
+
+    def wanted(self):
+        """What every report that was not refused adds up to."""
+        wanted = {}
+        for ticket, patch in self.order:
+            if self.ended[ticket] is None:
+                wanted = apply(wanted, patch)
+        return wanted
+
+
+def same_json(one, other):
+    # Python's True == 1 would hide a wrong value.
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+
+
+@pytest.mark.parametrize("faults", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("seed", range(40))
+def test_whatever_goes_wrong_both_sides_agree_in_the_end(seed, faults):
+    world = World(seed, faults)
+    world.take(world.twin.start(0))
+    world.misbehave(300)
+    world.recover()
+    for ticket, _ in world.order:
+        assert ticket in world.ended
+    for ticket in world.asked:
+        assert ticket in world.ended
+    assert not world.twin.outstanding
+    assert same_json(world.hub.reported, world.wanted())
+    assert same_json(world.twin.reported, world.hub.reported)
+    for error in world.ended.values():
+        assert error is None or isinstance(error, (ReportRejected, RetrieveRejected))
+    # Nothing was refused but what the hub really refuses.
+    for ticket, error in world.ended.items():
+        if isinstance(error, ReportRejected):
+            assert error.status == 400
+            assert any("bad" in patch for other, patch in world.order if other == ticket)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_so_they_do_with_conditional_reports(seed):
+    class Conditional(World):
+        @property
+        def ways(self):
+            return (
+                {},
+                {"version": self.twin.reported_version or 1},
+                {"version": self.hub.reported_version},
+                {"always": True},
+            )
+
+    world = Conditional(seed, 0.5)
+    world.take(world.twin.start(0))
+    world.misbehave(300)
+    world.recover()
+    assert not world.twin.outstanding
+    assert same_json(world.twin.reported, world.hub.reported)
+    assert same_json(world.hub.reported, world.wanted())
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_so_they_do_when_many_reports_are_joined(seed, monkeypatch):
+    monkeypatch.setattr(machine, "_MAX_PARTS", 2)
+    world = World(seed, 0.7)
+    world.bad_reports = False
+    world.take(world.twin.start(0))
+    world.misbehave(300)
+    world.recover()
+    assert world.twin.statistics["coalesced"] > 0
+    assert same_json(world.hub.reported, world.wanted())
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_so_they_do_without_a_copy_of_the_reported_properties(seed):
+    world = World(seed, 0.7, keep_reported=False)
+    world.rolls_back = False
+    world.take(world.twin.start(0))
+    world.misbehave(300)
+    world.recover()
+    assert not world.twin.outstanding
+    assert same_json(world.hub.reported, world.wanted())
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_second_process_goes_on_from_what_the_store_kept(seed):
+    first = World(seed, 0.7)
+    first.bad_reports = False
+    first.take(first.twin.start(0))
+    first.misbehave(150)
+    stored = json.loads(json.dumps([first.twin.desired, first.twin.target]))
+    second = World(seed + 1000, 0.7, desired=stored[0], reported=stored[1], request_id=10**6)
+    second.hub = first.hub
+    second.desired = copy.deepcopy(stored[0])
+    second.order = [(0, stored[1])]
+    second.ended[0] = None
+    second.take(second.twin.start(0))
+    second.misbehave(150)
+    second.recover()
+    assert same_json(second.hub.reported, second.wanted())

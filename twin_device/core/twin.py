@@ -385,13 +385,15 @@ class Twin:
         self._bound = bound
         out: "list[object]" = []
         last = self._queue[-1] if self._queue else None
-        # A part that has no ticket restores what was reported before: it stays apart.
+        # Apart stay a part without a ticket, which restores what was reported before, and one that the hub may
+        # have merged already.
         if (
             len(self._queue) >= _MAX_PARTS
             and not alone
             and last
             and not last.alone
             and last.ticket is not None
+            and not last.tries
         ):
             del self._queue[-1]
             joined = compose(last.patch, patch, None if self.reported is None else self.target)
@@ -547,13 +549,14 @@ class Twin:
         for ticket in self._askers:
             out.append(Retrieved(ticket, {"desired": copy(desired), "reported": copy(reported)}, None))
         self._askers = []
-        if self.state == SYNCHRONISED:
-            # An older document than the one it was asked at: the twin was deleted and created again. One that
-            # a notification has overtaken meanwhile says nothing new.
-            if version >= self.desired_version or version < self._get_version:  # type: ignore[operator]  # has one
-                self._adopt(desired, version, now, jitter, out)
-        else:
+        asked_at = self._get_version
+        if asked_at is None or version < asked_at or version >= self.desired_version:  # type: ignore[operator]  # has one
+            # Older than what it was asked at: the twin was deleted and created again.
             self._adopt(desired, version, now, jitter, out)
+        elif self.state == RETRIEVING:
+            # Notifications have overtaken it meanwhile; what is missing came after them.
+            self._again = False
+            self._ask(now, jitter)
         if not self._known or (not self._moved and self._flight is None):
             self._reconcile(reported, reported_version, out)
             self._known = True
@@ -576,7 +579,7 @@ class Twin:
             self._count("throttled")
             self._note("status " + str(status) + " to a retrieve")
         self._get_tries += 1
-        if self.state == RETRIEVING or self._askers:
+        if self.state == RETRIEVING or self._askers or not self._known:
             self._get_at = now + delay
         self._flow(now, out)
 
@@ -672,7 +675,8 @@ class Twin:
                 self._next_askers = []
                 self._get = self._next_request()
                 self._get_wait = now + self._timeout
-                self._get_version = self.desired_version
+                # Versions are compared within one synchronised connection, never across.
+                self._get_version = None if self._stable_at is None else self.desired_version
                 self._moved = False
                 self._count("retrieves")
                 out.append(Publish(retrieve_topic(self._get), b""))
