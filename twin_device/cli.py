@@ -215,8 +215,10 @@ def _hub_run(options: argparse.Namespace) -> int:
         hub.start()
     except ModuleNotFoundError as error:
         return _missing(error)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         return _complain(error, 2)
+    except OSError as error:
+        return _complain(error.strerror or error, 1)
     with hub:
         try:
             for text in options.device:
@@ -236,7 +238,7 @@ def _hub_run(options: argparse.Namespace) -> int:
             "mqtt": hub.mqtt_port or 0,
             "https": 0,
             "http": 0,
-            "ca": str(hub.ca_file) if encrypted else None,
+            "ca": os.path.abspath(hub.ca_file) if encrypted else None,
             "service": hub.service_connection_string,
             "devices": devices,
         }
@@ -283,7 +285,8 @@ def _watch(options: argparse.Namespace) -> int:
 
     @client.on_desired  # type: ignore[untyped-decorator]  # client is Any: its module is imported late
     def changed(patch: dict[str, Any], desired: dict[str, Any]) -> None:
-        line = _line({"patch": patch, "desired": desired}) if options.json else ", ".join(_changes(patch, ""))
+        words = ", ".join(_changes(patch, "")) or "(nothing desired)"
+        line = _line({"patch": patch, "desired": desired}) if options.json else words
         try:
             print(line, flush=True)
         except BrokenPipeError as error:
@@ -295,6 +298,9 @@ def _watch(options: argparse.Namespace) -> int:
         _complain(error, 1)
 
     with client:
+        if not client.desired:
+            # Nothing is no change: no handler was called for it.
+            changed({}, {})
         client.run_forever()
     if broken:
         raise broken[0]

@@ -175,6 +175,7 @@ class TwinClient:
             self._port = port
         else:
             self._port = credentials.port or (_MQTTS_PORT if tls else _MQTT_PORT)
+        self._where = f"{self._host}:{self._port}"
         self._ca_file = ca_file
         self._tls = tls
         self._timeout = float(timeout)
@@ -195,6 +196,8 @@ class TwinClient:
         self._reports: dict[int, Report] = {}
         self._retrieves: dict[int, _Retrieve] = {}
         self._refused: ConnectRefused | None = None
+        # How many connect() calls wait: what they raise is not told to the error handlers, too.
+        self._waiting = 0
         self._closed = False
         self._lock = threading.RLock()
         # Notified at every change of state, refusal, and end of a report.
@@ -204,7 +207,7 @@ class TwinClient:
         self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def __repr__(self) -> str:
-        return f"<TwinClient {self._credentials.client_id} at {self._host}:{self._port}, {self.state}>"
+        return f"<TwinClient {self._credentials.client_id} at {self._where}, {self.state}>"
 
     @classmethod
     def from_connection_string(cls, text: str, **options: Any) -> "TwinClient":
@@ -225,12 +228,14 @@ class TwinClient:
     @property
     def desired(self) -> Document:
         """The desired properties as last known, in a copy of the caller's own."""
-        return _copied(self._twin.desired)
+        desired: Document = _copied(self._twin.desired)
+        return desired
 
     @property
     def reported(self) -> Document:
         """The reported properties that the hub is known to hold, in a copy of the caller's own."""
-        return _copied(self._twin.reported or {})
+        reported: Document = _copied(self._twin.reported or {})
+        return reported
 
     @property
     def desired_version(self) -> int | None:
@@ -301,7 +306,8 @@ class TwinClient:
 
         Returns once synchronised, or with wait=False at once. Raises ConnectRefused if the hub refuses the
         credentials or is not who it should be, or if there is no connection after timeout seconds (None: the
-        client's own); the client is disconnected again then. LocalError: it is closed, or ca_file is bad.
+        client's own); the client is disconnected again then. NotConnected: it is closed. LocalError: bad
+        ca_file.
         """
         deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
         if self._tls and self._context is None:
@@ -326,21 +332,27 @@ class TwinClient:
                 self._network.start()
                 self._perform(self._twin.start(_now()))
             network = self._network
-            if not wait:
-                return
-            while (
-                self._twin.state != twin.SYNCHRONISED and self._refused is None and self._network is network
-            ):
-                if not self._changed.wait(max(0.0, deadline - time.monotonic())):
-                    break
-            if self._twin.state == twin.SYNCHRONISED:
-                return
-            error = self._refused
-            if error is None:
-                why = self._twin.statistics["last_error"] or f"it is still {self._twin.state}"
-                error = ConnectRefused(f"not synchronised with {self._host}:{self._port} in time: {why}")
-        self.disconnect()
-        raise error
+        if wait:
+            try:
+                self._await_synchronised(network, deadline)
+            except BaseException:
+                self.disconnect()
+                raise
+
+    def _await_synchronised(self, network: "_Network", deadline: float) -> None:
+        with self._lock:
+            self._waiting += 1
+            try:
+                while self._twin.state != twin.SYNCHRONISED:
+                    if self._refused is not None:
+                        raise self._refused
+                    if self._network is not network:
+                        raise NotConnected("the client was disconnected while it connected")
+                    if not self._changed.wait(max(0.0, deadline - time.monotonic())):
+                        why = self._twin.statistics["last_error"] or f"it is still {self._twin.state}"
+                        raise ConnectRefused(f"not synchronised with {self._where} in time: {why}")
+            finally:
+                self._waiting -= 1
 
     def disconnect(self) -> None:
         """End the connection and the client's threads. What is gathered stays, for the next connect()."""
@@ -503,7 +515,7 @@ class TwinClient:
                 self._events.put(output)
             elif network is not None:
                 network.perform(output)
-        if network is not None:
+        if network is not None and network.ident != threading.get_ident():
             network.wake()
 
     def _reported(self, output: Any) -> None:
@@ -518,6 +530,8 @@ class TwinClient:
         if isinstance(error, ConnectRefused):
             self._refused = error
             self._changed.notify_all()
+            if self._waiting:
+                return
         self._events.put(twin.Failed(error))
 
     # ------------------------------------------------------------------ the dispatcher thread
@@ -535,7 +549,7 @@ class TwinClient:
             if kind is twin.DesiredChanged:
                 for on_desired in self._on_desired:
                     try:
-                        on_desired(_copied(event.patch), _copied(event.desired))
+                        on_desired(*_copied((event.patch, event.desired)))
                     except Exception as error:  # noqa: BLE001  # whatever an app raises goes to its error handlers
                         self._tell_error(error)
             elif kind is twin.StateChanged:
@@ -626,10 +640,9 @@ class _Network(threading.Thread):
         self.wake()
 
     def wake(self) -> None:
-        if threading.get_ident() != self.ident:
-            # Full: it wakes anyway. Closed: it has ended.
-            with contextlib.suppress(OSError):
-                self._waker.send(b"\0")
+        # Full: it wakes anyway. Closed: it has ended.
+        with contextlib.suppress(OSError):
+            self._waker.send(b"\0")
 
     # The thread itself.
 
@@ -749,7 +762,7 @@ class _Network(threading.Thread):
         client = self._client
         expiry = int(time.time() + client._token_lifetime)
         self._mqtt.username_pw_set(client._user_name, client._credentials.password(expiry))
-        where = f"{client._host}:{client._port}"
+        where = client._where
         _log.debug("%s: connecting to %s", client._credentials.client_id, where)
         try:
             self._mqtt.reconnect()
@@ -873,10 +886,9 @@ def _now() -> int:
     return time.monotonic_ns() // 1_000_000
 
 
-def _copied(document: Any) -> Document:
+def _copied(document: Any) -> Any:
     # The fastest deep copy of JSON that CPython has.
-    copied: Document = marshal.loads(marshal.dumps(document))  # noqa: S302  # it reads what it has just written
-    return copied
+    return marshal.loads(marshal.dumps(document))  # noqa: S302  # it reads what it has just written
 
 
 def _is_loopback(host: str) -> bool:

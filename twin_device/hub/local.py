@@ -158,10 +158,11 @@ class LocalHub:
                     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                     listener.bind((address, port))
                     listener.listen(1024)
-                except OSError:
+                except OSError as error:
                     listener.close()
                     if family == socket.AF_INET:
-                        raise
+                        text = f"cannot listen on port {port} for {name}: {error.strerror}"
+                        raise OSError(error.errno, text) from None
                     continue  # the same port of IPv6 is a convenience
                 listener.setblocking(False)
                 port = self._ports[name] = listener.getsockname()[1]

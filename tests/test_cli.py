@@ -1,0 +1,273 @@
+"""The command twin-device, as a process of its own: what it prints, and its exit status."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.app import PATIENCE, wait_until
+from twin_device.hub import Device, LocalHub
+
+KEY = "MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY="
+COMMAND = [sys.executable, "-m", "twin_device.cli"]
+
+
+def run(
+    *arguments: str, device: Device | None = None, stdin: str | None = None
+) -> "subprocess.CompletedProcess[str]":
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+    environment.pop("IOTHUB_DEVICE_CONNECTION_STRING", None)
+    if device is not None:
+        environment["IOTHUB_DEVICE_CONNECTION_STRING"] = device.connection_string
+    return subprocess.run(
+        [*COMMAND, *arguments],
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+        env=environment,
+        input=stdin,
+    )
+
+
+@contextmanager
+def running(*arguments: str, device: Device | None = None) -> "Iterator[subprocess.Popen[str]]":
+    environment = {**os.environ}
+    if device is not None:
+        environment["IOTHUB_DEVICE_CONNECTION_STRING"] = device.connection_string
+    with subprocess.Popen(
+        [*COMMAND, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        env=environment,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def line(process: "subprocess.Popen[str]") -> str:
+    assert process.stdout is not None
+    return process.stdout.readline()
+
+
+def finish(process: "subprocess.Popen[str]", number: signal.Signals) -> int:
+    process.send_signal(number)
+    process.communicate(timeout=PATIENCE)
+    return process.returncode
+
+
+# ---------------------------------------------------------------------- the story
+
+
+def test_the_demo_plays_its_story_to_the_end() -> None:
+    done = run("demo")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.rstrip().splitlines()[-1].startswith("Every step held")
+    assert done.stdout.count("  ok  ") == 15
+    for scene in range(1, 7):
+        assert f"\n{scene}. " in done.stdout
+    assert done.stderr == ""
+
+
+def test_the_demo_ends_cleanly_at_ctrl_c() -> None:
+    with running("demo") as process:
+        while "First twin" not in line(process):
+            pass
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=PATIENCE)
+    # It may just have finished.
+    assert (process.returncode, output.rstrip().splitlines()[-1][:11]) in [
+        (130, "Interrupted"),
+        (0, "Every step "),
+    ]
+    assert "Traceback" not in errors
+
+
+def test_a_step_that_does_not_hold_is_exit_status_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from twin_device import demo
+
+    monkeypatch.setattr(demo._Story, "a_patch", lambda story: story.check(False, "that pigs fly"))
+    assert demo.play() == 1
+    assert "The story broke: not true: that pigs fly" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------- hub run
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_hub_run_says_how_to_connect_and_ends_cleanly(tmp_path: Path, number: signal.Signals) -> None:
+    arguments = (
+        "--mqtts-port",
+        "auto",
+        "--mqtt-port",
+        "auto",
+        "--device",
+        f"dev-1:{KEY}",
+        "--device",
+        "gw/mod",
+    )
+    with running("hub", "run", *arguments, "--certificates", str(tmp_path), "--json") as process:
+        ready = json.loads(line(process))
+        assert list(ready) == ["event", "mqtts", "mqtt", "https", "http", "ca", "service", "devices"]
+        assert ready["event"] == "ready"
+        assert ready["ca"] == str(tmp_path / "ca.pem")
+        assert (
+            ready["devices"]["dev-1"]
+            == f"HostName=localhost:{ready['mqtts']};DeviceId=dev-1;SharedAccessKey={KEY}"
+        )
+        assert set(ready["devices"]) == {"dev-1", "gw", "gw/mod"}
+        done = run(
+            "report", '{"a": 1}', "--ca-file", ready["ca"], "--connection-string", ready["devices"]["gw/mod"]
+        )
+        assert (done.returncode, done.stdout) == (0, "reported, $version 2\n")
+        plain = f"HostName=localhost:{ready['mqtt']};DeviceId=dev-1;SharedAccessKey={KEY}"
+        done = run("report", '{"a": 1}', "--plaintext", "--connection-string", plain)
+        assert (done.returncode, done.stdout) == (0, "reported, $version 2\n")
+        assert finish(process, number) == 0
+
+
+def test_hub_run_prints_lines_for_people() -> None:
+    with running("hub", "run", "--mqtts-port", "auto", "--device", f"dev-1:{KEY}") as process:
+        assert line(process).startswith("ready: mqtts ")
+        assert line(process).startswith("device dev-1: HostName=localhost:")
+
+
+def test_hub_run_on_a_port_that_is_taken_is_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run("hub", "run", "--mqtts-port", str(port))
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert f"cannot listen on port {port}" in done.stderr
+
+
+# ---------------------------------------------------------------------- a device's twin
+
+
+def test_get_prints_the_twin_with_its_versions(local_hub: LocalHub, device: Device) -> None:
+    done = run("get", "--ca-file", local_hub.ca_file, device=device)
+    assert done.returncode == 0
+    assert json.loads(done.stdout) == {
+        "desired": {"telemetryInterval": 30, "$version": 1},
+        "reported": {"$version": 1},
+    }
+
+
+def test_report_takes_its_patch_from_standard_input(local_hub: LocalHub, device: Device) -> None:
+    done = run("report", "-", "--ca-file", local_hub.ca_file, device=device, stdin='{"größe": "weit"}')
+    assert (done.returncode, done.stdout) == (0, "reported, $version 2\n")
+    assert device.reported == {"größe": "weit"}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize("as_json", [False, True])
+def test_watch_prints_a_line_a_change(local_hub: LocalHub, device: Device, as_json: bool) -> None:
+    options = ["--json"] if as_json else []
+    expected: list[Any] = [
+        ({"telemetryInterval": 30}, {"telemetryInterval": 30}, "telemetryInterval = 30"),
+        (
+            {"a": {"b": "x"}, "telemetryInterval": None},
+            {"a": {"b": "x"}},
+            'a.b = "x", telemetryInterval removed',
+        ),
+    ]
+    with running("watch", "--ca-file", local_hub.ca_file, *options, device=device) as process:
+        for index, (patch, desired, words) in enumerate(expected):
+            if index:
+                device.patch_desired(patch)
+            text = line(process).rstrip("\n")
+            if as_json:
+                assert json.loads(text) == {"patch": patch, "desired": desired}
+            else:
+                assert text == words
+        assert finish(process, signal.SIGINT) == 0
+
+
+def test_watch_says_that_nothing_is_desired(local_hub: LocalHub) -> None:
+    empty = local_hub.create_device("empty")
+    with running("watch", "--ca-file", local_hub.ca_file, device=empty) as process:
+        assert line(process) == "(nothing desired)\n"
+
+
+def test_watch_ends_when_nobody_reads_it(local_hub: LocalHub, device: Device) -> None:
+    with running("watch", "--ca-file", local_hub.ca_file, device=device) as process:
+        line(process)
+        assert process.stdout is not None
+        process.stdout.close()
+
+        def ended() -> bool:
+            device.patch_desired({"n": 1})
+            return process.poll() is not None
+
+        wait_until(ended, "the command ends")
+        assert process.returncode == 1
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+
+
+def test_verbose_shows_the_wire_and_no_secret(local_hub: LocalHub, device: Device) -> None:
+    done = run("--verbose", "report", '{"a": 1}', "--ca-file", local_hub.ca_file, device=device)
+    assert done.returncode == 0
+    assert "$iothub/twin/PATCH/properties/reported" in done.stderr
+    key = device.connection_string.rpartition("SharedAccessKey=")[2]
+    assert key not in done.stderr
+    assert "sig=" not in done.stderr
+
+
+# ---------------------------------------------------------------------- what goes wrong is one line
+
+CONNECTION = f"HostName=localhost:1;DeviceId=dev-1;SharedAccessKey={KEY}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["get"], 2, "no connection string: set IOTHUB_DEVICE_CONNECTION_STRING"),
+        (["get", "--connection-string", "HostName=x"], 2, "DeviceId is missing"),
+        (["get", "--connection-string", CONNECTION + "="], 2, "SharedAccessKey is not base64"),
+        (["report", '{"a":', "--connection-string", CONNECTION], 2, "the patch is not JSON"),
+        (["report", "[1]", "--connection-string", CONNECTION], 2, "a patch is a JSON object"),
+        (["report", '{"a.b": 1}', "--connection-string", CONNECTION], 2, "a.b: a key has no"),
+        (["report", '{"a": NaN}', "--connection-string", CONNECTION], 2, "a: a number must be finite"),
+        (["get", "--connection-string", CONNECTION, "--ca-file", "nowhere.pem"], 2, "cannot be read"),
+        (["get", "--connection-string", CONNECTION, "--timeout", "0.5"], 1, "cannot connect to localhost:1"),
+        (["hub", "run", "--device", "a b"], 2, "is not an id"),
+        (["hub", "run", "--mqtts-port", "0", "--device", "a:short"], 2, "a key is not base64"),
+    ],
+)  # fmt: skip
+def test_an_error_is_one_line_and_a_status(arguments: list[str], status: int, message: str) -> None:
+    if arguments[:2] == ["hub", "run"] and "--mqtts-port" not in arguments:
+        arguments = [*arguments, "--mqtts-port", "auto"]
+    done = run(*arguments)
+    assert done.returncode == status, done.stderr
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert KEY not in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("command", ["", "demo", "hub run", "get", "watch", "report"])
+def test_help_is_there(command: str) -> None:
+    done = run(*command.split(), "--help")
+    assert done.returncode == 0
+    assert done.stdout.startswith("usage: ")
+    assert len(done.stdout.splitlines()) > 5
+
+
+@pytest.mark.parametrize("arguments", [[], ["hub"], ["fly"], ["report"], ["get", "--timeout", "never"],
+                                       ["hub", "run", "--mqtts-port", "70000"]])  # fmt: skip
+def test_wrong_use_is_exit_status_2(arguments: list[str]) -> None:
+    assert run(*arguments).returncode == 2
