@@ -1,4 +1,4 @@
-"""The state machine against the rules of a correct twin client, rule by rule; then against a hub that misbehaves.
+"""The state machine against its rules, one by one; then against a hub that misbehaves.
 
 The numbers are those of the rules: 1 synchronising, 2 desired notifications, 3 reporting, 4 time.
 """
@@ -1947,7 +1947,7 @@ class Hub:
 
 
 class World:
-    """A hub, a network that loses, doubles, delays and reorders, a shell, and an app that checks what it is given."""
+    """A hub, a network that loses, doubles, delays and reorders, a shell, and an app that checks."""
 
     def __init__(self, seed, faults, **options):
         self.chance = random.Random(seed)
@@ -2149,7 +2149,7 @@ class World:
         if self.events and (deadline is None or self.events[0][0] <= deadline):
             when, _, connection, action, arguments = heapq.heappop(self.events)
             self.now = max(self.now, when)
-            if connection == self.connection:
+            if connection in (None, self.connection):
                 action(*arguments)
             if deadline is not None and self.now < deadline == self.twin.deadline:
                 assert self.twin.tick(self.now, self.jitter()) == [], (

@@ -21,8 +21,8 @@ no object stands in `value`. PNP, the answer of IoT Plug and Play's writable pro
 from collections import namedtuple
 
 from .errors import LocalError
-from .patch import copy, diff, same
-from .twin import SYNCHRONISED, DesiredChanged, StateChanged, Twin
+from .patch import check, copy, diff, same
+from .twin import SYNCHRONISED, DesiredChanged, Failed, StateChanged, Twin
 
 DOCUMENT = "document"
 PNP = "pnp"
@@ -47,14 +47,16 @@ class Settings:
     def declare(self, name: str, shape: str = DOCUMENT) -> None:
         """Make the property name a setting. "component.property" is a property of a Plug and Play component.
 
-        LocalError: it is declared already, or there is no such shape.
+        LocalError: it is declared already, no property can have this name, or there is no such shape.
         """
         if shape not in (DOCUMENT, PNP):
             raise LocalError("a setting's shape is " + DOCUMENT + " or " + PNP + ", not " + str(shape))
-        if not name or name in self._shapes:
-            raise LocalError(
-                "the setting " + repr(name) + " is declared already" if name else "a setting needs a name"
-            )
+        if name in self._shapes:
+            raise LocalError("the setting " + name + " is declared already")
+        parts = name.split(".")
+        if "" in parts or len(parts) > 2:
+            raise LocalError("a setting's name is a property's, or component.property, not " + repr(name))
+        check(dict.fromkeys(parts))
         self._shapes[name] = shape
 
     def declared(self, name: str, now: int) -> "list[object]":
@@ -75,6 +77,8 @@ class Settings:
             elif type(output) is DesiredChanged and self._twin.state == SYNCHRONISED:
                 for name in self._shapes:
                     if _at(output.patch, name) is not None:
+                        # Desired once more: a value that failed is worth another try.
+                        self._failed.pop(name, None)
                         self._look(name, now, out)
         return out
 
@@ -96,11 +100,17 @@ class Settings:
 
     def _look(self, name: str, now: int, out: "list[object]") -> None:
         desired = _at(self._twin.desired, name)
-        if desired is None or name in self._applying:
+        version = self._twin.desired_version
+        if name in self._applying:
+            value = self._applying[name][0]
+            if same(value, desired):
+                # The answer to this one is the answer to the newer wish, too.
+                self._applying[name] = (value, version)
+            return
+        if desired is None:
             return
         shape = self._shapes[name]
         reported = _at(self._twin.target, name)
-        version = self._twin.desired_version
         if _is_applied(shape, reported, desired):
             if shape == PNP and isinstance(reported, dict) and reported.get("av") != version:
                 # The back end looks for the version that it wrote.
@@ -132,7 +142,11 @@ class Settings:
         if dot:
             patch["__t"] = "c"
             patch = {component: patch}
-        out.extend(self._twin.report(patch, now)[1])
+        try:
+            out.extend(self._twin.report(patch, now)[1])
+        except LocalError as error:
+            # Desired properties may be what reported ones may not, by size or by the depth that we add.
+            out.append(Failed(error))
 
 
 def _at(document: object, name: str) -> object:

@@ -385,8 +385,8 @@ class Twin:
         self._bound = bound
         out: "list[object]" = []
         last = self._queue[-1] if self._queue else None
-        # Apart stay a part without a ticket, which restores what was reported before, and one that the hub may
-        # have merged already.
+        # Apart stay: a part without a ticket, which restores what was reported before, and one that the hub
+        # may have merged already.
         if (
             len(self._queue) >= _MAX_PARTS
             and not alone
