@@ -322,6 +322,9 @@ class Connection(asyncio.Protocol):
             self.abort()
 
     def connection_lost(self, _error: Exception | None) -> None:
+        if self._transport is not None:
+            # Python 3.10 takes a TLS transport that the peer has closed for one that leaks.
+            self._transport.abort()
         self._transport = None
         for timer in self._timers:
             timer.cancel()
