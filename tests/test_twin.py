@@ -1049,13 +1049,15 @@ def test_3_4_a_refused_patch_of_many_hits_only_the_guilty_one():
 
 def test_3_4_a_refusal_does_not_take_a_joined_report_with_it(monkeypatch):
     monkeypatch.setattr(machine, "_MAX_PARTS", 2)
-    bench = Bench().synchronised(reported={"a": {"old": 1}})
+    bench = Bench().synchronised(reported={"a": {"old": 1, "x": 1}})
     bench.report({"z": 0})
-    bad = bench.report({"bad": 1, "a": {"x": 1}})
-    last = bench.report({"a": None})
-    assert bench.report({"a": {"x": 1}}) == last  # joined: parts do not grow without end
+    bad = bench.report({"bad": 1, "a": {"x": None}})
+    last = bench.report({"a": 5})
+    joined = bench.report({"a": None})
+    assert joined == last  # parts do not grow without end
+    replaced = bench.report({"a": {"y": 1}})
     bench.answer(204, 2)
-    hub = {"a": {"old": 1}, "z": 0}
+    hub = {"a": {"old": 1, "x": 1}, "z": 0}
     while bench.sent is not None:
         if "bad" in bench.patch:
             bench.answer(400)
@@ -1064,7 +1066,8 @@ def test_3_4_a_refusal_does_not_take_a_joined_report_with_it(monkeypatch):
             bench.answer(204, 3)
     assert bench.result(bad).error is not None
     assert bench.result(last).error is None
-    assert hub == bench.twin.reported == {"a": {"x": 1}, "z": 0}
+    assert bench.result(replaced).error is None
+    assert hub == bench.twin.reported == {"a": {"y": 1}, "z": 0}
 
 
 def test_3_5_after_a_lost_connection_the_difference_is_sent():
@@ -1333,12 +1336,13 @@ def test_many_reports_are_joined_and_share_a_ticket():
     assert {bench.result(ticket).version for ticket in tickets} == {3}
 
 
-def test_reports_that_undo_each_other_are_joined_without_end():
+def test_reports_that_undo_each_other_are_joined_without_end(monkeypatch):
+    monkeypatch.setattr(machine, "_MAX_QUEUE", 64)
     bench = Bench().synchronised(reported={"a": {"old": 1}})
     bench.report({"x": 1})
-    for index in range(3000):
+    for index in range(300):
         bench.report({"a": None} if index % 2 else {"a": {f"k{index % 7}": index}})
-    assert len(bench.twin._queue) <= 32
+    assert len(bench.twin._queue) <= 64
     bench.answer(204, 2)
     assert bench.patch == {"a": None}
 
@@ -2099,7 +2103,12 @@ class World:
         patch = self.patch(3)
         if self.chance.random() < 0.1 and self.bad_reports:
             patch["bad"] = 1
-        ticket, outputs = self.twin.report(patch, self.now, **options)
+        try:
+            ticket, outputs = self.twin.report(patch, self.now, **options)
+        except PatchError:
+            raise
+        except LocalError:  # too many that cannot be joined
+            return
         self.order.append((ticket, patch))
         self.take(outputs)
 
@@ -2273,8 +2282,11 @@ def test_so_they_do_with_conditional_reports(seed):
 @pytest.mark.parametrize("seed", range(40))
 def test_so_they_do_when_many_reports_are_joined(seed, monkeypatch):
     monkeypatch.setattr(machine, "_MAX_PARTS", 2)
+    monkeypatch.setattr(machine, "_MAX_QUEUE", 4)
     world = World(seed, 0.7)
+    # The one exception: a refusal before a report that was joined for want of space.
     world.bad_reports = False
+    world.ways = ({},)
     world.take(world.twin.start(0))
     world.misbehave(300)
     world.recover()

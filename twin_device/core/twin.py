@@ -380,10 +380,8 @@ class Twin:
                 target = merge(self.target, patch)
                 check_section(target, patch)
                 bound = size(target)
-        if len(self._queue) >= _MAX_QUEUE:
-            raise LocalError("too many reports are gathered that cannot be joined; wait for their answers")
-        self._bound = bound
         out: "list[object]" = []
+        full = len(self._queue) >= _MAX_QUEUE
         last = self._queue[-1] if self._queue else None
         # Apart stay: a part without a ticket, which restores what was reported before, and one that the hub
         # may have merged already.
@@ -395,13 +393,21 @@ class Twin:
             and last.ticket is not None
             and not last.tries
         ):
-            del self._queue[-1]
-            joined = compose(last.patch, patch, None if self.reported is None else self.target)
-            self._queue.append(last)
+            base = None
+            if full and self.reported is not None:
+                # The last resort, since it counts on every report before it to be accepted.
+                del self._queue[-1]
+                base = self.target
+                self._queue.append(last)
+            joined = compose(last.patch, patch, base)
             if joined is not None:
                 last.patch = joined
+                self._bound = bound
                 self._count("coalesced")
                 return last.ticket, out
+        if full:
+            raise LocalError("too many reports are gathered that cannot be joined; wait for their answers")
+        self._bound = bound
         self._ticket += 1
         ticket = self._ticket
         self._queue.append(_Part(copy(patch), ticket, version, alone))  # type: ignore[arg-type]  # a dict, as patch
