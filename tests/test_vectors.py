@@ -1,0 +1,81 @@
+"""The vectors, run by the same script on CPython and on a real MicroPython: the lines must be the same."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+VECTORS = Path(__file__).parent / "vectors"
+CORE = Path(__file__).parents[1] / "twin_device" / "core"
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory):
+    """A folder whose package `core` is the core itself, file by file."""
+    folder = tmp_path_factory.mktemp("packages")
+    shutil.copytree(CORE, folder / "core", ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def lines(interpreter, variable, path):
+    environment = {**os.environ, variable: path, "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [interpreter, str(VECTORS / "run.py"), str(VECTORS)],
+        env=environment,
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr.decode() + done.stdout.decode()[-2000:]
+    return done.stdout.decode().splitlines()
+
+
+@pytest.fixture(scope="module")
+def on_cpython(packages):
+    return lines(sys.executable, "PYTHONPATH", str(packages))
+
+
+@pytest.fixture(scope="module")
+def on_micropython(packages):
+    beside = Path(sys.executable).parent / "micropython"
+    interpreter = str(beside) if beside.exists() else shutil.which("micropython")
+    if interpreter is None:
+        if os.environ.get("CI") and sys.platform == "linux" and platform.machine() == "x86_64":
+            pytest.fail("no micropython: the extra [test] installs it on this platform")
+        pytest.skip("no micropython beside python or on PATH; the extra [test] has it for Linux on x86_64")
+    return lines(interpreter, "MICROPYPATH", f"{packages}:.frozen")
+
+
+def cases():
+    return sum(
+        len(case["steps"]) if name.stem == "sequences" else 1
+        for name in VECTORS.glob("*.json")
+        for case in json.loads(name.read_text("utf-8"))
+    )
+
+
+def test_every_vector_holds_on_cpython(on_cpython):
+    assert [line for line in on_cpython if not line.endswith(" PASS")] == ["failed: 0"]
+
+
+def test_every_vector_holds_on_micropython(on_micropython):
+    assert [line for line in on_micropython if not line.endswith(" PASS")] == ["failed: 0"]
+
+
+def test_both_print_the_same_lines(on_cpython, on_micropython):
+    assert on_micropython == on_cpython
+
+
+def test_no_vector_is_left_out(on_cpython):
+    assert len(on_cpython) == cases() + 1
+
+
+def test_each_case_has_a_name_of_its_own():
+    for file in VECTORS.glob("*.json"):
+        names = [case["name"] for case in json.loads(file.read_text("utf-8"))]
+        assert len(set(names)) == len(names), file.name
