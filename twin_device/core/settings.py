@@ -39,6 +39,7 @@ class Settings:
 
     def __init__(self, twin: Twin) -> None:
         self._twin = twin
+        self._names: "list[str]" = []  # as declared; a dict has no order on MicroPython
         self._shapes: "dict[str, str]" = {}
         # By name: value and version that are being applied; the value that failed last in this connection.
         self._applying: "dict[str, tuple[object, int | None]]" = {}
@@ -58,6 +59,7 @@ class Settings:
             raise LocalError("a setting's name is a property's, or component.property, not " + repr(name))
         check(dict.fromkeys(parts))
         self._shapes[name] = shape
+        self._names.append(name)
 
     def declared(self, name: str, now: int) -> "list[object]":
         """Look at a setting that was declared while synchronised already."""
@@ -72,10 +74,10 @@ class Settings:
         for output in outputs:
             if type(output) is StateChanged and output.new == SYNCHRONISED:
                 self._failed = {}
-                for name in self._shapes:
+                for name in self._names:
                     self._look(name, now, out)
             elif type(output) is DesiredChanged and self._twin.state == SYNCHRONISED:
-                for name in self._shapes:
+                for name in self._names:
                     if _at(output.patch, name) is not None:
                         # Desired once more: a value that failed is worth another try.
                         self._failed.pop(name, None)
