@@ -462,7 +462,8 @@ class Connection(asyncio.Protocol):
         if connect_flags & 4:
             will = (reader.text(), reader.data())
         user_name = reader.text() if connect_flags & 128 else ""
-        password = reader.text() if connect_flags & 64 else ""
+        # Binary data to MQTT. What is not UTF-8 is no token, and refused as such.
+        password = reader.data().decode(errors="replace") if connect_flags & 64 else ""
         reader.end()
         if connect_flags & 1 or (connect_flags & 24) == 24 or (not connect_flags & 4 and connect_flags & 56):
             raise Violation("reserved CONNECT flags")
