@@ -154,67 +154,63 @@ def test_an_example_uses_public_names_only(path):
 # ---------------------------------------------------------------------- what both runtimes have
 
 # Methods and names of CPython that MicroPython lacks, found by asking it.
-LACKING = set(
-    [
-        "removeprefix",
-        "removesuffix",
-        "isidentifier",
-        "isalnum",
-        "casefold",
-        "expandtabs",
-        "zfill",
-        "ljust",
-        "rjust",
-        "maketrans",
-        "translate",
-        "bit_length",
-        "as_integer_ratio",
-        "isdecimal",
-        "isnumeric",
-        "isprintable",
-        "swapcase",
-        "capitalize",
-        "title",
-        "istitle",
-        "format_map",
-        "is_integer",
-        "conjugate",
-        "isascii",
-        "with_traceback",
-        "add_note",
-        "_replace",
-        "_asdict",
-        "_fields",
-        "_make",
-    ]
-)
-LACKING_NAMES = set(
-    [
-        "TimeoutError",
-        "ConnectionError",
-        "RecursionError",
-        "ModuleNotFoundError",
-        "FileNotFoundError",
-        "PermissionError",
-        "ascii",
-        "vars",
-        "breakpoint",
-        "aiter",
-        "anext",
-        "format",
-        "UnicodeDecodeError",
-        "UnicodeEncodeError",
-        "InterruptedError",
-        "BrokenPipeError",
-        "BufferError",
-        "ChildProcessError",
-        "ExceptionGroup",
-        "Warning",
-        "IOError",
-        "EnvironmentError",
-        "BlockingIOError",
-    ]
-)
+LACKING = {
+    "removeprefix",
+    "removesuffix",
+    "isidentifier",
+    "isalnum",
+    "casefold",
+    "expandtabs",
+    "zfill",
+    "ljust",
+    "rjust",
+    "maketrans",
+    "translate",
+    "bit_length",
+    "as_integer_ratio",
+    "isdecimal",
+    "isnumeric",
+    "isprintable",
+    "swapcase",
+    "capitalize",
+    "title",
+    "istitle",
+    "format_map",
+    "is_integer",
+    "conjugate",
+    "isascii",
+    "with_traceback",
+    "add_note",
+    "_replace",
+    "_asdict",
+    "_fields",
+    "_make",
+}
+LACKING_NAMES = {
+    "TimeoutError",
+    "ConnectionError",
+    "RecursionError",
+    "ModuleNotFoundError",
+    "FileNotFoundError",
+    "PermissionError",
+    "ascii",
+    "vars",
+    "breakpoint",
+    "aiter",
+    "anext",
+    "format",
+    "UnicodeDecodeError",
+    "UnicodeEncodeError",
+    "InterruptedError",
+    "BrokenPipeError",
+    "BufferError",
+    "ChildProcessError",
+    "ExceptionGroup",
+    "Warning",
+    "IOError",
+    "EnvironmentError",
+    "BlockingIOError",
+}
 
 
 @each(under(CORE))
@@ -333,7 +329,7 @@ def test_public_names_are_sorted_and_there(path):
 
 # ---------------------------------------------------------------------- the tree
 
-# Where somebody's machine, or another project, shows.
+# Where somebody's machine or unfinished work shows.
 # A Raspberry Pi's home is everybody's.
 FOREIGN = re.compile(
     r"/home/(?!pi/)\w|/(?:Users|root|work)/\w|/tmp/\w/|[A-Z]:\\\\?Users\\|\bTODO\b|\bFIXME\b|\bXXX\b"
