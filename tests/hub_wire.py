@@ -254,8 +254,12 @@ class Wire:
 def online(port: int | None, device_id: str = "dev", key: str = KEY, *filters: str, **options: Any) -> Wire:
     """A connected Wire that is subscribed to filters, by default to both of the twin's."""
     wire = Wire(port, options.pop("ca_file", None))
-    wire.connect(device_id, key, **options)
-    wire.subscribe(*(filters or (RES, DESIRED)))
+    try:
+        wire.connect(device_id, key, **options)
+        wire.subscribe(*(filters or (RES, DESIRED)))
+    except BaseException:
+        wire.close()
+        raise
     return wire
 
 

@@ -7,6 +7,7 @@ MQTT 3.1.1 has no way to say no. Source: IoT Hub, "Communicate with an IoT hub u
 import asyncio
 import json
 import logging
+import re
 import socket
 import time
 import uuid
@@ -31,6 +32,8 @@ _MAX_KEEP_ALIVE = 1767.0
 _LOGGED_PACKETS = 2000
 _MAX_TELEMETRY = 1000
 _MAX_C2D = 50
+# What "$iothub/twin/res/{status}/?$rid={rid}&$version={version}" leaves of a topic's 65,535 bytes.
+_MAX_RID = 65535 - 64
 _TWIN_FILTERS = ("$iothub/twin/res/#", "$iothub/twin/PATCH/properties/desired/#", "$iothub/methods/POST/#")
 _RESPONSE_FILTER, _DESIRED_FILTER = _TWIN_FILTERS[:2]
 _RETRIEVE_PATH = "$iothub/twin/GET"
@@ -311,6 +314,9 @@ class Connection(asyncio.Protocol):
         if self._deaf or self._transport is None:
             return
         self._buffer += data
+        if self._paused and len(self._buffer) > MAX_PACKET:
+            self.abort()
+            return
         try:
             while self._transport is not None and not self._deaf and not self._paused and self._take_packet():
                 pass
@@ -320,6 +326,7 @@ class Connection(asyncio.Protocol):
         except Exception:  # noqa: BLE001  # no device may take the hub down
             _log.exception("%s: connection ended by an error of the hub", self._id or "unknown device")
             self.abort()
+        self._endpoint.changed()
 
     def connection_lost(self, _error: Exception | None) -> None:
         if self._transport is not None:
@@ -329,30 +336,34 @@ class Connection(asyncio.Protocol):
         for timer in self._timers:
             timer.cancel()
         self._endpoint.open.discard(self)
-        if self._will is not None and self._id in self._endpoint.telemetry:
+        identities = self._endpoint.registry.identities
+        if self._will is not None and identities.get(self._id) is self._identity():
             topic, payload = self._will
             self._will = None
             self._telemetry(topic, payload, {"iothub-MessageType": "Will"})
-        if self._endpoint.connections.get(self._id) is self:
-            del self._endpoint.connections[self._id]
-            if not self._session.persistent:
-                self._endpoint.sessions.pop(self._id, None)
+        self._leave()
         self._endpoint.changed()
 
     def abort(self) -> None:
         """End it now, without a DISCONNECT, which MQTT 3.1.1 does not have for servers."""
+        self._leave()
         if self._transport is not None:
             self._transport.abort()
-            # The loop tells it only later; until then nothing more may happen on it.
-            if self._endpoint.connections.get(self._id) is self:
-                del self._endpoint.connections[self._id]
-            self._deaf = True
 
     def _end(self) -> None:
         """End it after what was written has gone out."""
-        self._deaf = True
+        self._leave()
         if self._transport is not None:
             self._transport.close()
+
+    def _leave(self) -> None:
+        # The loop tells connection_lost only later; until then nothing more may happen here.
+        self._deaf = True
+        endpoint = self._endpoint
+        if endpoint.connections.get(self._id) is self:
+            del endpoint.connections[self._id]
+        if not self._session.persistent and endpoint.sessions.get(self._id) is self._session:
+            del endpoint.sessions[self._id]
 
     def _later(self, seconds: float, call: Callable[..., None], *arguments: Any) -> None:
         self._timers = [
@@ -361,7 +372,7 @@ class Connection(asyncio.Protocol):
         self._timers.append(self._loop.call_later(max(0.0, seconds), call, *arguments))
 
     def _check_connected(self) -> None:
-        if self._claim is None:
+        if self._claim is None and not self._paused:
             self.abort()
 
     def _check_silence(self) -> None:
@@ -390,7 +401,7 @@ class Connection(asyncio.Protocol):
             shift += 7
             if shift > 21:
                 raise Violation("a remaining length of more than four bytes")
-        if length > MAX_PACKET + 1024:
+        if length > MAX_PACKET:
             raise Violation(f"a packet of {length} bytes; {MAX_PACKET} are the most")
         if len(buffer) < at + length:
             return False
@@ -420,6 +431,8 @@ class Connection(asyncio.Protocol):
             self._subscribe(body)
         elif kind == 10:
             self._unsubscribe(body)
+        elif body:
+            raise Violation("a packet that is longer than its fields")
         elif kind == 12:
             self._send(13, 0, b"")
         elif kind == 14:
@@ -465,8 +478,12 @@ class Connection(asyncio.Protocol):
         # Binary data to MQTT. What is not UTF-8 is no token, and refused as such.
         password = reader.data().decode(errors="replace") if connect_flags & 64 else ""
         reader.end()
-        if connect_flags & 1 or (connect_flags & 24) == 24 or (not connect_flags & 4 and connect_flags & 56):
+        if connect_flags & 1 or (not connect_flags & 4 and connect_flags & 56):
             raise Violation("reserved CONNECT flags")
+        if connect_flags & 16:
+            raise Violation("a will with QoS 2")
+        if connect_flags & 192 == 64:
+            raise Violation("a password without a user name")
         self._log_packet("in", 1)
         self._silence = min(keep_alive * 1.5, _MAX_KEEP_ALIVE) if keep_alive else _MAX_KEEP_ALIVE
         clean = bool(connect_flags & 2)
@@ -552,15 +569,15 @@ class Connection(asyncio.Protocol):
         if self._faults.take("suback_refused", self._id):
             codes = b"\x80" * len(wanted)
         else:
-            granted = bytearray()
             for name, qos in wanted:
                 if qos > 2:
                     raise Violation("a subscription with a QoS that there is not")
                 if name not in self._filters():
                     raise Violation(f"a subscription to {name!r}, which IoT Hub does not know")
-                self._session.subscriptions[name] = min(qos, 1)
-                granted.append(min(qos, 1))
-            codes = bytes(granted)
+            self._session.subscriptions.update((name, min(qos, 1)) for name, qos in wanted)
+            # Here again, if it was forgotten under the open connection.
+            self._endpoint.sessions.setdefault(self._id, self._session)
+            codes = bytes(min(qos, 1) for _, qos in wanted)
         answer = packet_id.to_bytes(2, "big") + codes
         late = self._faults.take("suback_late", self._id)
         if late:
@@ -568,7 +585,6 @@ class Connection(asyncio.Protocol):
         else:
             self._send(9, 0, answer)
         self.deliver_messages()
-        self._endpoint.changed()
 
     def _filters(self) -> tuple[str, ...]:
         identity = self._identity()
@@ -580,10 +596,13 @@ class Connection(asyncio.Protocol):
     def _unsubscribe(self, body: bytes) -> None:
         reader = _Reader(body)
         packet_id = reader.number()
-        if not reader.left:
-            raise Violation("an UNSUBSCRIBE without filters")
+        names = []
         while reader.left:
-            self._session.subscriptions.pop(reader.text(), None)
+            names.append(reader.text())
+        if not names or packet_id == 0:
+            raise Violation("an UNSUBSCRIBE without filters or packet identifier")
+        for name in names:
+            self._session.subscriptions.pop(name, None)
         self._send(11, 0, packet_id.to_bytes(2, "big"))
 
     # ------------------------------------------------------------------ PUBLISH in
@@ -597,6 +616,8 @@ class Connection(asyncio.Protocol):
         packet_id = reader.number() if qos else 0
         if qos and not packet_id:
             raise Violation("a PUBLISH without packet identifier")
+        if "#" in topic or "+" in topic:
+            raise Violation("a PUBLISH to a topic with wildcards")  # MQTT 3.1.1, 3.3.2.1
         payload = reader.rest()
         self._log_packet("in", 3, topic, payload, qos)
 
@@ -605,7 +626,7 @@ class Connection(asyncio.Protocol):
                 self._send(4, 0, packet_id.to_bytes(2, "big"))
 
         path, mark, query = topic.partition("?")
-        path = path.rstrip("/") if mark else path
+        path = path.removesuffix("/")
         if path == _RETRIEVE_PATH and mark:
             self._operation("retrieve", query, payload, acknowledge)
         elif path == _REPORT_PATH and mark:
@@ -627,7 +648,6 @@ class Connection(asyncio.Protocol):
             raise Violation(f"a PUBLISH to {topic!r}, which IoT Hub does not know")
         properties, system = found
         self._endpoint.telemetry[self._id].append(Telemetry(payload, {**properties, **extra}, system))
-        self._endpoint.changed()
 
     # ------------------------------------------------------------------ twin operations
 
@@ -639,11 +659,13 @@ class Connection(asyncio.Protocol):
         request_id = parameters.get("$rid", "")
         if operation == "retrieve" and not request_id:
             raise Violation("a retrieve without $rid")
+        if len(request_id.encode()) > _MAX_RID:
+            raise Violation("a $rid that is too long for the topic of the answer")
         take = self._faults.take
         if take("disconnect", self._id, operation):
             raise Violation("a fault that was asked for")
         version_text = parameters.get("$version")
-        if version_text is not None and not (version_text.isascii() and version_text.isdigit()):
+        if version_text is not None and not re.fullmatch("[0-9]{1,19}", version_text):
             raise Violation("a $version that is no number")
         early = take("answer_before_puback", self._id, operation)
         if not early:
@@ -663,7 +685,6 @@ class Connection(asyncio.Protocol):
 
     def _perform(self, operation: str, request_id: str, payload: bytes, version: int | None) -> None:
         status, body, new_version = self._outcome(operation, payload, version)
-        self._endpoint.changed()
         if not request_id:
             return
         topic = f"$iothub/twin/res/{status}/?$rid={request_id}"
@@ -787,7 +808,6 @@ class Connection(asyncio.Protocol):
             if one is message:
                 waiting.remove(one)
                 break
-        self._endpoint.changed()
 
     def _send(
         self, kind: int, flags: int, body: bytes, topic: str | None = None, payload: bytes = b"", qos: int = 0
