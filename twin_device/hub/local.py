@@ -541,7 +541,8 @@ class Device:
         self._hub._call(send)
 
     def send_c2d(self, payload: bytes, properties: dict[str, str] | None = None) -> None:
-        """Send a cloud-to-device message; it waits for the device. ValueError: 50 wait, or a module."""
+        """Send a cloud-to-device message; it waits for the device. ValueError: 50 wait, it is too large, or a
+        module."""
         if self._hub._registry.identities[self.id].module_id is not None:
             raise ValueError("modules get no cloud-to-device messages")
         to = {"$.to": f"/devices/{self.id}/messages/deviceBound", **(properties or {})}

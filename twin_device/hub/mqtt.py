@@ -32,6 +32,8 @@ _MAX_KEEP_ALIVE = 1767.0
 _LOGGED_PACKETS = 2000
 _MAX_TELEMETRY = 1000
 _MAX_C2D = 50
+# Also what a topic holds, where the properties are.
+_MAX_C2D_SIZE = 64 * 1024 - 1
 # What "$iothub/twin/res/{status}/?$rid={rid}&$version={version}" leaves of a topic's 65,535 bytes.
 _MAX_RID = 65535 - 64
 _TWIN_FILTERS = ("$iothub/twin/res/#", "$iothub/twin/PATCH/properties/desired/#", "$iothub/methods/POST/#")
@@ -235,6 +237,8 @@ class Endpoint:
     # ------------------------------------------------------------------ cloud-to-device messages
 
     def send_c2d(self, identity_id: str, payload: bytes, bag: str) -> None:
+        if len(_devicebound(identity_id) + bag) + len(payload) > _MAX_C2D_SIZE:
+            raise ValueError("a cloud-to-device message has 64 KB at most, its properties included")
         waiting = self.messages[identity_id]
         if len(waiting) >= _MAX_C2D:
             raise ValueError(f"{_MAX_C2D} messages wait for {identity_id!r} already")
@@ -589,7 +593,7 @@ class Connection(asyncio.Protocol):
     def _filters(self) -> tuple[str, ...]:
         identity = self._identity()
         if identity.module_id is None:
-            return (*_TWIN_FILTERS, f"devices/{identity.device_id}/messages/devicebound/#")
+            return (*_TWIN_FILTERS, _devicebound(identity.device_id) + "#")
         base = f"devices/{identity.device_id}/modules/{identity.module_id}"
         return (*_TWIN_FILTERS, f"{base}/#", f"{base}/inputs/#")
 
@@ -771,8 +775,7 @@ class Connection(asyncio.Protocol):
 
     def deliver_messages(self) -> None:
         """Send the cloud-to-device messages that wait, if the device subscribed to them."""
-        identity = self._identity()
-        topic = f"devices/{identity.device_id}/messages/devicebound/"
+        topic = _devicebound(self._identity().device_id)
         qos = self._session.subscriptions.get(topic + "#")
         if qos is None:
             return
@@ -883,6 +886,10 @@ def _packet(kind: int, flags: int, body: bytes) -> bytes:
 def _text(text: str) -> bytes:
     data = text.encode()
     return len(data).to_bytes(2, "big") + data
+
+
+def _devicebound(device_id: str) -> str:
+    return f"devices/{device_id}/messages/devicebound/"
 
 
 def _telemetry_properties(identity: Identity, topic: str) -> tuple[dict[str, str], dict[str, str]] | None:
