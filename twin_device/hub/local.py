@@ -280,18 +280,13 @@ class LocalHub:
         key: base64, made when None. desired, tags: what its twin begins with; desired is version 1 all the
         same. ValueError: it exists, or an argument is bad; nothing is created then.
         """
-        for document in (desired or {}, tags or {}):
-            self._valid(lambda document=document: twins.check(document, nulls=False))  # type: ignore[misc]  # bound now
+        twin = self._valid(lambda: twins.new(desired or {}, tags or {}))
 
         def create() -> None:
+            self._endpoint.create(self._registry.create(device_id, key), twin)
             owner = device_id.partition("/")[0]
-            if owner != device_id and owner not in self._registry.identities:
+            if owner not in self._registry.identities:
                 self._endpoint.create(self._registry.create(owner))
-            self._endpoint.create(self._registry.create(device_id, key))
-            twin = self._endpoint.twins[device_id]
-            twin.desired, twin.tags = copy.deepcopy(desired or {}), copy.deepcopy(tags or {})
-            # Metadata as of the creation.
-            twins.mark(twin.desired_metadata, twin.desired, {"$lastUpdated": twins.now()})
 
         self._call(create)
         return Device(self, device_id)

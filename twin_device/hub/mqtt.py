@@ -155,8 +155,8 @@ class Endpoint:
 
     # ------------------------------------------------------------------ identities
 
-    def create(self, identity: Identity) -> None:
-        self.twins[identity.id] = twins.Twin()
+    def create(self, identity: Identity, twin: twins.Twin | None = None) -> None:
+        self.twins[identity.id] = twin or twins.Twin()
         self.connects[identity.id] = 0
         self.packets[identity.id] = deque(maxlen=_LOGGED_PACKETS)
         self.telemetry[identity.id] = deque(maxlen=_MAX_TELEMETRY)
@@ -254,9 +254,11 @@ class Endpoint:
         if self.settings.throttle is None:
             return False
         rate = self.settings.throttle[0 if operation == "retrieve" else 1]
+        # The bucket holds a second's worth, and one at least: less than one a second is not none.
+        most = max(rate, 1.0) if rate else 0.0
         now = time.monotonic()
-        level, at = self._buckets.get(operation, (rate, now))
-        level = min(rate, level + (now - at) * rate)
+        level, at = self._buckets.get(operation, (most, now))
+        level = min(most, level + (now - at) * rate)
         enough = level >= 1
         self._buckets[operation] = (level - 1 if enough else level, now)
         return not enough
@@ -676,6 +678,9 @@ class Connection(asyncio.Protocol):
             acknowledge()
 
         def finish() -> None:
+            if self._transport is None:
+                # Held back, and gone with its connection.
+                return
             self._perform(operation, request_id, payload, None if version_text is None else int(version_text))
 
         if operation == "report" and take("reports_reordered", self._id, operation):

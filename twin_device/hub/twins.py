@@ -94,8 +94,7 @@ class Twin:
         if expected is not None and expected != self.reported_version:
             raise Invalid(412001, f"the reported properties have version {self.reported_version}")
         result = merged(self.reported, patch)
-        if size(result) > MAX_SECTION:
-            raise Invalid(size_code, f"'Properties.Reported' size should be less than {MAX_SECTION} bytes.")
+        _check_size(result, "Properties.Reported", MAX_SECTION, size_code)
         self.reported = result
         self.reported_version += 1
         mark(self.reported_metadata, patch, {"$lastUpdated": now()})
@@ -129,19 +128,28 @@ class Twin:
         """Merge into the tags. Devices are not told."""
         check(patch, nulls=True)
         result = merged(self.tags, patch)
-        if size(result) > MAX_TAGS:
-            raise Invalid(403100, f"'Tags' size should be less than {MAX_TAGS} bytes.")
+        _check_size(result, "Tags", MAX_TAGS)
         self.tags = result
         self.etag_counter += 1
 
     def _set_desired(self, document: Document, patch: Document) -> None:
-        if size(document) > MAX_SECTION:
-            raise Invalid(403100, f"'Properties.Desired' size should be less than {MAX_SECTION} bytes.")
+        _check_size(document, "Properties.Desired", MAX_SECTION)
         self.desired = document
         self.desired_version += 1
         self.etag_counter += 1
         stamp = {"$lastUpdated": now(), "$lastUpdatedVersion": self.desired_version}
         mark(self.desired_metadata, patch, stamp)
+
+
+def new(desired: Document, tags: Document) -> Twin:
+    """A new twin that begins with these documents; Invalid if the hub refuses one."""
+    check(desired, nulls=False)
+    check(tags, nulls=False)
+    _check_size(desired, "Properties.Desired", MAX_SECTION)
+    _check_size(tags, "Tags", MAX_TAGS)
+    twin = Twin(copy.deepcopy(tags), copy.deepcopy(desired))
+    mark(twin.desired_metadata, desired, {"$lastUpdated": now()})
+    return twin
 
 
 def encode(document: Document) -> bytes:
@@ -155,7 +163,7 @@ def decode(payload: bytes) -> Document:
     except (ValueError, RecursionError):
         raise Invalid(400006, "The payload is not valid JSON in UTF-8.") from None
     if not isinstance(document, dict):
-        raise Invalid(400004, "Provided json is not a valid 'properties' object.")
+        raise Invalid(400006, "Provided json is not a valid 'properties' object.")
     return document
 
 
@@ -220,6 +228,11 @@ def check(document: Any, *, nulls: bool) -> None:
                 raise Invalid(400006, f"Not a number of JSON. Error in Property/Tag {path}")
         elif not isinstance(value, bool):
             raise Invalid(400004, f"{type(value).__name__} is no JSON value. Error in Property/Tag {path}")
+
+
+def _check_size(document: Document, name: str, most: int, code: int = 403100) -> None:
+    if size(document) > most:
+        raise Invalid(code, f"'{name}' size should be less than {most} bytes.")
 
 
 def _check_key(key: Any, path: str) -> None:
