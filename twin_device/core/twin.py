@@ -357,6 +357,8 @@ class Twin:
                 self._answered(where, payload, now, jitter, out)
             else:
                 self._count("ignored")
+                if 200 <= where.status < 300 and self._flight is None:
+                    self._doubt(where.version, 0, now, jitter, out)
         return out
 
     # ------------------------------------------------------------------ inputs: the app
@@ -563,7 +565,8 @@ class Twin:
             # Notifications have overtaken it meanwhile; what is missing came after them.
             self._again = False
             self._ask(now, jitter)
-        if not self._known or (not self._moved and self._flight is None):
+        # A document that was on its way while a report was answered tells nothing about it.
+        if not self._moved and self._flight is None:
             self._reconcile(reported, reported_version, out)
             self._known = True
         self._flow(now, out)
@@ -621,7 +624,6 @@ class Twin:
             self._ask(now, jitter)
         else:
             self._get_tries = 0
-            self._get_at = None
             if self._stable_at is None:
                 self._stable_at = now + _STABLE
             self._enter(SYNCHRONISED, out)
@@ -749,9 +751,11 @@ class Twin:
         if 200 <= status < 300:
             if self._keep_reported:
                 self.reported = merge(self.reported, self._flight_patch)
+            self._moved = True
+            # Sent again, it may have been merged twice.
+            self._doubt(version, 2 if parts[0].tries else 1, now, jitter, out)
             self.reported_version = version
             self._report_tries = 0
-            self._moved = True
             self._unsure = False
             for part in parts:
                 if part.ticket is not None:
@@ -770,10 +774,27 @@ class Twin:
                 parts[0].tries = 2
                 self._queue = parts + self._queue
                 self._known = False
+                self._moved = True
                 self._ask(now, jitter)
             else:
                 self._refuse(parts, ReportRejected(status, code, tracking_id, message), out)
         self._flow(now, out)
+
+    def _doubt(
+        self, version: "int | None", writes: int, now: int, jitter: float, out: "list[object]"
+    ) -> None:
+        """Look at the document if the reported version has grown by more than our own writes.
+
+        A report that was given up may still be merged by a slow hub, after the ones that followed it.
+        """
+        known = self.reported_version
+        if not self._known or not self._keep_reported or known is None or version is None:
+            return
+        if version > known + writes:
+            self._known = False
+            self._moved = True
+            self._ask(now, jitter)
+            self._flow(now, out)
 
     def _refuse(self, parts: "list[_Part]", error: ReportRejected, out: "list[object]") -> None:
         self._bound = None
