@@ -233,6 +233,10 @@ def test_nothing_is_applied_in_the_middle_of_a_gap():
     device.applied()
     device.notify({"s": 9}, 9)
     assert device.applies == []
+    device.document({"s": 7}, 7, device.hub, device.version)
+    assert device.twin.state != SYNCHRONISED
+    assert device.applies == []
+    device.tick()
     device.document({"s": 10}, 10, device.hub, device.version)
     assert device.applies == [10]
 

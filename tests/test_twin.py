@@ -385,6 +385,13 @@ def test_an_input_out_of_turn_changes_nothing(state, happens):
 # ---------------------------------------------------------------------- 1: synchronising
 
 
+def test_stopping_while_dialling_wants_nothing_more():
+    bench = bench_in("dialling")
+    bench.stop()
+    assert bench.twin.deadline is None
+    assert bench.take(bench.twin.tick(10**9, 0.5)) == []
+
+
 def test_1_1_connect_then_subscribe_then_retrieve():
     bench = Bench()
     assert bench.start() == [Connect()]
@@ -841,6 +848,14 @@ def test_3_1_the_size_of_the_whole_target_counts():
     bench.report({"k0": None, "large": "y" * 4096})
     bench.report({"m0": 1, "more": "z" * 4000})
     assert bench.twin.outstanding
+
+
+def test_3_1_the_size_counts_anew_once_the_document_is_known():
+    bench = Bench()
+    bench.report({"small": 1})
+    bench.synchronised(reported={f"k{index}": "x" * 4096 for index in range(7)})
+    with pytest.raises(PatchError):
+        bench.report({"large": "y" * 4096})
 
 
 def test_3_1_the_size_is_not_forgotten_by_replacing_values():
@@ -1404,13 +1419,30 @@ def test_reports_that_undo_each_other_are_joined_without_end(monkeypatch):
 
 def test_nothing_is_joined_to_a_report_that_the_hub_may_have_merged(monkeypatch):
     monkeypatch.setattr(machine, "_MAX_PARTS", 1)
+    monkeypatch.setattr(machine, "_MAX_QUEUE", 2)
     bench = Bench().synchronised()
+    bench.report({"x": 1})
     bench.report({"a": {"b": {"c": 1}}})
-    bench.disconnected()
+    bench.report({"a": {"d": 1}})
+    bench.answer(204, 2)
+    assert bench.patch == {"a": {"b": {"c": 1}, "d": 1}}
+    bench.report({"y": 1})
     bench.report({"a": {"b": None}})
     bench.report({"a": {"b": {}}})
-    bench.dialled_again(reported={"a": {"b": {"c": 1}}})
-    assert apply({"a": {"b": {"c": 1}}}, bench.patch) == {"a": {"b": {}}}
+    bench.reconnected(reported={"a": {"b": {"c": 1}, "d": 1}, "x": 1})
+    assert apply({"a": {"b": {"c": 1}}}, bench.patch) == {"a": {"b": {}}, "y": 1}
+
+
+def test_nothing_is_joined_to_what_the_machine_restores_by_itself(monkeypatch):
+    monkeypatch.setattr(machine, "_MAX_PARTS", 1)
+    bench = Bench(reported={"a": 1}).synchronised()
+    assert bench.patch == {"a": 1}
+    bench.answer(429)
+    ticket = bench.report({"b": 1})
+    assert ticket is not None
+    bench.tick()
+    bench.answer(204, 2)
+    assert bench.result(ticket).error is None
 
 
 def test_reports_that_cannot_be_joined_are_refused_at_1024():
@@ -1572,6 +1604,16 @@ def test_4_1_a_second_loss_in_a_row_drops_the_connection():
     assert bench.patch == {"a": 1}
 
 
+def test_4_1_each_connection_has_its_own_count():
+    bench = Bench().synchronised()
+    bench.report({"a": 1})
+    bench.tick()
+    bench.tick()
+    bench.tick()
+    bench.connected()
+    assert bench.tick() == [Subscribe(FILTERS)]
+
+
 def test_4_1_an_answer_in_between_starts_the_count_over():
     bench = Bench().synchronised()
     for value in range(5):
@@ -1640,6 +1682,20 @@ def test_4_2_a_minute_without_being_synchronised_does_not_count():
     assert backoffs(bench_in("dialling"), 4, never_synchronised) == [500, 1000, 2000, 4000]
 
 
+def test_4_2_the_minute_counts_from_the_first_document_of_a_connection():
+    def with_a_gap(bench):
+        bench.connected()
+        bench.subscribed()
+        bench.document({}, 5)
+        bench.now += MINUTE - 1
+        bench.notify({}, 7)
+        bench.document({}, 7)
+        bench.now += 1
+        bench.disconnected()
+
+    assert backoffs(bench_in("dialling"), 4, with_a_gap) == [500] * 4
+
+
 @pytest.mark.parametrize("code", [1, 2, 4, 5, 99])
 def test_4_2_refused_credentials_are_told_at_once_and_tried_slowly(code):
     bench = bench_in("dialling")
@@ -1691,6 +1747,31 @@ def test_4_3_a_throttled_retrieve_backs_off_too():
     assert waits == [int(min(100000, 1000 * 2**tries) * 0.75) for tries in range(10)]
     bench.document({"a": 1}, 1)
     assert bench.twin.state == SYNCHRONISED
+
+
+def test_4_3_another_connection_does_not_cut_the_wait_short():
+    bench = Bench().synchronised()
+    bench.report({"a": 1})
+    bench.answer(429, extra="&retry-after=100")
+    allowed = bench.now + 100 * SECOND
+    bench.reconnected()
+    assert bench.sent is None
+    bench.tick()
+    assert bench.sent is not None
+    assert bench.now == allowed
+
+
+def test_4_3_notifications_do_not_cut_the_wait_of_a_retrieve_short():
+    bench = Bench().synchronised({}, 1)
+    bench.retrieve()
+    waits = []
+    for version in range(2, 8):
+        bench.answer_get(429)
+        since = bench.now
+        bench.notify({}, version)
+        bench.tick()
+        waits.append(bench.now - since)
+    assert waits == [750, 1500, 3000, 6000, 12000, 24000]
 
 
 def test_4_3_a_throttled_retrieve_does_not_hold_up_reports_and_the_other_way_round():
@@ -1812,6 +1893,18 @@ def test_4_4_a_renewal_does_not_count_as_a_failed_attempt():
         bench.document()
     bench.disconnected()
     assert bench.twin.deadline - bench.now == 500
+
+
+@pytest.mark.parametrize(("lifetime", "wait"), [(100 * SECOND, 500), (10 * SECOND, 16000)])
+def test_4_4_after_a_renewal_backoff_starts_over_if_the_connection_was_stable(lifetime, wait):
+    bench = bench_in("dialling")
+    backoffs(bench, 5, Bench.disconnected)
+    bench.connected(lifetime)
+    bench.subscribed()
+    bench.document()
+    assert kinds(bench.tick())[-1] == "Connect"
+    bench.disconnected()
+    assert bench.twin.deadline - bench.now == wait
 
 
 def test_4_5_the_core_asks_for_no_time_and_no_chance():

@@ -120,10 +120,9 @@ class Settings:
             return
         if name in self._failed and same(self._failed[name], desired):
             return
-        value = copy(desired)
-        self._applying[name] = (value, version)
-        self._report(name, _pending(shape, self._current(name), value, version), now, out)
-        out.append(Apply(name, copy(value)))
+        self._applying[name] = (desired, version)
+        self._report(name, _pending(shape, self._current(name), desired, version), now, out)
+        out.append(Apply(name, copy(desired)))
 
     def _current(self, name: str) -> object:
         """What the device is reported to run with; None if that is not known."""

@@ -251,13 +251,10 @@ class Twin:
             return out
         self._count("connects")
         self._lost = 0
-        self._stable_at = None
         self._renew_at = None if lifetime is None else now + int(lifetime * (0.80 + 0.05 * jitter))
         self._connect_at = None
         self._kept, self._again = [], False
-        self._known = self._moved = False
         self._get_at, self._get_tries = None, 0
-        self._report_at, self._report_tries = now, 0
         self._enter(SUBSCRIBING, out)
         self._wait = now + self._timeout
         out.append(Subscribe(FILTERS))
@@ -298,7 +295,6 @@ class Twin:
                 out.append(Disconnect())
                 self._lose(now, jitter, error, out)
             else:
-                self._wait = None
                 self._lost = 0
                 self._enter(RETRIEVING, out)
                 self._get_at = now
@@ -448,21 +444,21 @@ class Twin:
         self._wait = now + _CONNECT_TIMEOUT
         out.append(Connect())
 
-    def _leave(self, out: "list[object]") -> None:
+    def _leave(self, out: "list[object]", now: int = 0) -> None:
+        if self._stable_at is not None and now >= self._stable_at:
+            self._connect_tries = 0
         # The answers of this connection will not come: what was asked is asked again on the next one.
         self._get = None
         self._requeue()
         self._known = False
         self._renew_at = None
         self._renewing = False
+        self._stable_at = None
         self._enter(OFFLINE, out)
 
     def _lose(self, now: int, jitter: float, error: "Exception | None", out: "list[object]") -> None:
-        if self._stable_at is not None and now >= self._stable_at:
-            self._connect_tries = 0
-        self._stable_at = None
         permanent = isinstance(error, ConnectRefused) and not error.can_retry
-        self._leave(out)
+        self._leave(out, now)
         self._wait = None
         if permanent:
             self._connect_at = now + _half_jitter(_SLOW, _SLOW_CAP, self._connect_tries, jitter)
@@ -513,7 +509,6 @@ class Twin:
                 if version == self.desired_version + 1:  # type: ignore[operator]  # as above
                     self.desired = merge(self.desired, patch)
                     self.desired_version = version
-                    self._get_tries = 0
                     self._count("notifications")
                     out.append(DesiredChanged(patch, self.desired))
                     return
@@ -683,8 +678,7 @@ class Twin:
                 self._next_askers = []
                 self._get = self._next_request()
                 self._get_wait = now + self._timeout
-                # Versions are compared within one synchronised connection, never across.
-                self._get_version = None if self._stable_at is None else self.desired_version
+                self._get_version = self.desired_version
                 self._moved = False
                 self._count("retrieves")
                 out.append(Publish(retrieve_topic(self._get), b""))
@@ -692,9 +686,8 @@ class Twin:
             self._send_report(now, out)
         if renewing and self._flight is None and self._get is None:
             # Planned: no backoff, and no attempt that counts.
-            self._connect_tries = 0
             out.append(Disconnect())
-            self._leave(out)
+            self._leave(out, now)
             self._dial(now, out)
 
     def _next_request(self) -> str:
