@@ -34,6 +34,7 @@ until it is cleared.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +64,36 @@ KINDS: dict[str, dict[str, Any]] = {
     "clock_skew": {"offset": 0.0},
 }
 _OPERATIONS = (None, "retrieve", "report")
+# Those that operation narrows.
+_OF_OPERATIONS = {
+    "answer_lost",
+    "answer_late",
+    "answer_doubled",
+    "answer_status",
+    "answer_before_puback",
+    "quota",
+    "reports_reordered",
+    "cut_in_packet",
+    "disconnect",
+}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_integer(value: Any, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+_PARAMETERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "seconds_late": ("a number from 0 up", lambda value: _is_number(value) and value >= 0),
+    "offset": ("a number", _is_number),
+    "status": ("an integer from 100 to 999", lambda value: _is_integer(value, 100, 999)),
+    "error_code": ("an integer or None", lambda value: value is None or _is_integer(value, 0, 2**31 - 1)),
+    "body": ("a text or None", lambda value: value is None or isinstance(value, str)),
+    "code": ("an integer from 1 to 255", lambda value: _is_integer(value, 1, 255)),
+}
 
 
 @dataclass
@@ -82,16 +113,22 @@ class Fault:
             raise ValueError(f"no fault {self.kind!r}; there are {', '.join(KINDS)}")
         if self.operation not in _OPERATIONS:
             raise ValueError(f"operation is 'retrieve' or 'report', not {self.operation!r}")
+        if self.operation is not None and self.kind not in _OF_OPERATIONS:
+            raise ValueError(f"{self.kind} has nothing to do with an operation")
+        if self.device is not None and self.kind == "hanging_tls":
+            raise ValueError("hanging_tls comes before the hub knows which device it is")
         unknown = self.parameters.keys() - KINDS[self.kind].keys()
         if unknown:
             known = ", ".join(KINDS[self.kind]) or "none"
             raise ValueError(f"{self.kind} has no parameter {sorted(unknown)[0]!r}; it has {known}")
         for name, value in (("times", self.times), ("seconds", self.seconds)):
-            if value is not None and (
-                isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0
-            ):
+            if value is not None and not (_is_number(value) and value >= 0):
                 raise ValueError(f"{name} is a number from 0 up, not {value!r}")
         self.parameters = {**KINDS[self.kind], **self.parameters}
+        for name, value in self.parameters.items():
+            wanted, right = _PARAMETERS[name]
+            if not right(value):
+                raise ValueError(f"{name} is {wanted}, not {value!r}")
         self._ends = None if self.seconds is None else time.monotonic() + self.seconds
         self._cleared = False
 

@@ -361,10 +361,7 @@ class LocalHub:
         """Be another hub with older twins: restore them and end every connection. Younger twins are new."""
 
         def restore() -> None:
-            for name in self._endpoint.twins:
-                self._endpoint.twins[name] = copy.deepcopy(snapshot.get(name)) or twins.Twin()
-            self._endpoint.drop_all()
-            self._note_change()
+            self._endpoint.restore(copy.deepcopy(snapshot))
 
         self._call(restore)
 

@@ -167,9 +167,16 @@ class Endpoint:
         self.drop(identity_id)
         for table in (self.twins, self.sessions, self.connects, self.packets, self.telemetry, self.messages):
             table.pop(identity_id, None)
-        self._sent_notifications.pop(identity_id, None)
-        self._held_notifications.pop(identity_id, None)
-        self._held_reports.pop(identity_id, None)
+        for held in (self._sent_notifications, self._held_notifications, self._held_reports):
+            held.pop(identity_id, None)
+        self.changed()
+
+    def restore(self, older: dict[str, twins.Twin]) -> None:
+        """Have these twins, new ones for identities that are younger, and end every connection."""
+        self.twins = {name: older.get(name) or twins.Twin() for name in self.twins}
+        for table in (self._sent_notifications, self._held_notifications, self._held_reports):
+            table.clear()
+        self.drop_all()
         self.changed()
 
     def drop(self, identity_id: str) -> None:
@@ -190,9 +197,12 @@ class Endpoint:
         if patch is None:
             return
         version = self.twins[identity_id].desired_version
-        take = self.faults.take
         older = self._sent_notifications.get(identity_id)
         self._sent_notifications[identity_id] = (patch, version)
+        connection = self.connections.get(identity_id)
+        if connection is None or connection.granted(_DESIRED_FILTER) is None:
+            return  # nothing is sent that could go wrong
+        take = self.faults.take
         held = self._held_notifications.pop(identity_id, None)
         if held is not None and held[1] < 0:
             # Held to be coalesced: its version is the next one's.
@@ -729,7 +739,7 @@ class Connection(asyncio.Protocol):
         if asked:
             status = asked["status"]
             if asked["body"] is not None:
-                return status, b"" if asked["body"] == "empty" else str(asked["body"]).encode(), None
+                return status, b"" if asked["body"] == "empty" else asked["body"].encode(), None
             return (
                 status,
                 self._error(asked["error_code"] or status * 1000 + 1, "A fault that was asked for."),
@@ -762,9 +772,13 @@ class Connection(asyncio.Protocol):
 
     # ------------------------------------------------------------------ packets out
 
+    def granted(self, subscription: str) -> int | None:
+        """The QoS of a subscription; None if there is none."""
+        return self._session.subscriptions.get(subscription)
+
     def deliver(self, subscription: str, topic: str, payload: bytes) -> None:
         """Send a twin message, if the device subscribed to it; else it is dropped."""
-        granted = self._session.subscriptions.get(subscription)
+        granted = self.granted(subscription)
         if granted is None:
             return
         qos = granted if self._endpoint.settings.answer_qos == "granted" else 0
