@@ -210,15 +210,11 @@ def check(patch: object) -> int:
     return _check_object(patch, [], 0, False)
 
 
-def check_section(section: object, patch: object) -> None:
+def check_section(section: object, patch: "dict[str, object]") -> None:
     """Raise PatchError if a whole section, as it would be after patch, is larger than the hub allows."""
     total = size(section)
     if total > MAX_SECTION:
-        largest = ""
-        most = -1
-        for key, value in patch.items() if isinstance(patch, dict) else ():
-            if size(value) > most:
-                largest, most = key, size(value)
+        largest = max(patch, key=lambda key: size(patch[key]), default="")
         raise PatchError(largest, "all reported properties together are at most 32768 bytes", total)
 
 

@@ -354,7 +354,8 @@ class Twin:
             else:
                 self._count("ignored")
                 if 200 <= where.status < 300 and self._flight is None:
-                    self._doubt(where.version, 0, now, jitter, out)
+                    self._doubt(where.version, 0, now, jitter)
+            self._flow(now, out)
         return out
 
     # ------------------------------------------------------------------ inputs: the app
@@ -547,7 +548,6 @@ class Twin:
                 RemoteError("the retrieved twin is no JSON object with desired and reported properties"), out
             )
             self._ask(now, jitter)
-            self._flow(now, out)
             return
         for ticket in self._askers:
             out.append(Retrieved(ticket, {"desired": copy(desired), "reported": copy(reported)}, None))
@@ -564,7 +564,6 @@ class Twin:
         if not self._moved and self._flight is None:
             self._reconcile(reported, reported_version, out)
             self._known = True
-        self._flow(now, out)
 
     def _retrieve_refused(
         self, where: Topic, payload: bytes, now: int, jitter: float, out: "list[object]"
@@ -585,7 +584,6 @@ class Twin:
         self._get_tries += 1
         if self.state == RETRIEVING or self._askers or not self._known:
             self._get_at = now + delay
-        self._flow(now, out)
 
     def _adopt(
         self, desired: "dict[str, object]", version: int, now: int, jitter: float, out: "list[object]"
@@ -746,7 +744,7 @@ class Twin:
                 self.reported = merge(self.reported, self._flight_patch)
             self._moved = True
             # Sent again, it may have been merged twice.
-            self._doubt(version, 2 if parts[0].tries else 1, now, jitter, out)
+            self._doubt(version, 2 if parts[0].tries else 1, now, jitter)
             self.reported_version = version
             self._report_tries = 0
             self._unsure = False
@@ -771,11 +769,8 @@ class Twin:
                 self._ask(now, jitter)
             else:
                 self._refuse(parts, ReportRejected(status, code, tracking_id, message), out)
-        self._flow(now, out)
 
-    def _doubt(
-        self, version: "int | None", writes: int, now: int, jitter: float, out: "list[object]"
-    ) -> None:
+    def _doubt(self, version: "int | None", writes: int, now: int, jitter: float) -> None:
         """Look at the document if the reported version has grown by more than our own writes.
 
         A report that was given up may still be merged by a slow hub, after the ones that followed it.
@@ -787,7 +782,6 @@ class Twin:
             self._known = False
             self._moved = True
             self._ask(now, jitter)
-            self._flow(now, out)
 
     def _refuse(self, parts: "list[_Part]", error: ReportRejected, out: "list[object]") -> None:
         self._bound = None
