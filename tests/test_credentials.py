@@ -259,7 +259,10 @@ REFUSED = [
     (f"HostName={HOST};DeviceId=d;SharedAccessKey=", "SharedAccessKey is empty"),
     (f"DeviceId=d;SharedAccessKey={TEXT}", "HostName is missing"),
     (f"HostName={HOST};SharedAccessKey={TEXT}", "DeviceId is missing"),
-    (f"HostName={HOST};SharedAccessKeyName=iothubowner;SharedAccessKey={TEXT}", "service connection string"),
+    (
+        f"HostName={HOST};SharedAccessKeyName=iothubowner;SharedAccessKey={TEXT}",
+        "DeviceId is missing.*service's",
+    ),
     (f"HostName={HOST};DeviceId=d", "SharedAccessKey is missing"),
     (f"HostName={HOST};DeviceId=d;x509=true", "x509"),
     (f"HostName={HOST};DeviceId=d;SharedAccessSignature=SECRET", "SharedAccessSignature"),

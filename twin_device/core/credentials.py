@@ -125,17 +125,15 @@ def connection_string_fields(text: str) -> "dict[str, object]":
         if not value:
             raise LocalError(name + " is empty in the connection string")
         values[name] = value
-    if "HostName" not in values:
-        raise LocalError("HostName is missing in the connection string")
-    if "DeviceId" not in values:
-        if "SharedAccessKeyName" in values:
-            raise LocalError("DeviceId is missing: this is a service connection string, a device's is needed")
-        raise LocalError("DeviceId is missing in the connection string")
     for name in ("x509", "SharedAccessSignature"):
         if name in values:
             raise LocalError(name + " in a connection string is not supported: SharedAccessKey is")
-    if "SharedAccessKey" not in values:
-        raise LocalError("SharedAccessKey is missing in the connection string")
+    for name in ("HostName", "DeviceId", "SharedAccessKey"):
+        if name not in values:
+            hint = ""
+            if name == "DeviceId" and "SharedAccessKeyName" in values:
+                hint = ": this is a service's, a device's is needed"
+            raise LocalError(name + " is missing in the connection string" + hint)
     return {
         "host": values["HostName"],
         "device_id": values["DeviceId"],
