@@ -38,7 +38,8 @@ def server_context(folder: Path) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
-        context.load_cert_chain(folder / "server.pem")
+        # A pass phrase, so that nobody is asked for one on the terminal.
+        context.load_cert_chain(folder / "server.pem", password="")
     except ssl.SSLError as error:
         raise ValueError(
             f"{folder / 'server.pem'} is no certificate with its key in PEM: {error.reason}"

@@ -300,7 +300,7 @@ class LocalHub:
     @property
     def devices(self) -> list["Device"]:
         """All devices and modules, by id."""
-        return [Device(self, name) for name in sorted(self._registry.identities)]
+        return [Device(self, name) for name in self._call(lambda: sorted(self._registry.identities))]
 
     def _valid(self, work: Callable[[], _T]) -> _T:
         try:
@@ -459,7 +459,12 @@ class Device:
 
     def patch_tags(self, patch: Document) -> None:
         """Merge a patch into the tags, which the device never sees. ValueError: the hub refuses it."""
-        self._hub._valid(lambda: self._hub._call(lambda: self._endpoint.twins[self.id].patch_tags(patch)))
+
+        def write() -> None:
+            self._endpoint.twins[self.id].patch_tags(patch)
+            self._endpoint.changed()
+
+        self._hub._valid(lambda: self._hub._call(write))
 
     def wait_for(self, condition: Document | Callable[["Device"], Any], timeout: float = 5.0) -> Any:
         """Wait until the reported properties contain a document, or a function of this Device is true.
@@ -482,9 +487,11 @@ class Device:
                     return reported
             with hub._changed:
                 left = deadline - time.monotonic()
-                if hub._changes == seen and (left <= 0 or not hub._changed.wait(left)):
-                    wanted = getattr(condition, "__name__", None) or json.dumps(condition)
+                if left <= 0 or (hub._changes == seen and not hub._changed.wait(left)):
                     break
+        wanted = (
+            getattr(condition, "__name__", repr(condition)) if callable(condition) else json.dumps(condition)
+        )
         raise TimeoutError(
             f"{self.id}: waited {timeout:g} s for {wanted}; reported is {json.dumps(self.reported)}, "
             f"{'connected' if self.connected else 'not connected'}"
@@ -552,11 +559,13 @@ class Device:
             for name in list(self._endpoint.connections):
                 if name == self.id or name.startswith(self.id + "/"):
                     self._endpoint.drop(name)
+            self._endpoint.changed()
 
         self._hub._call(disable)
 
     def enable(self) -> None:
         self._hub._registry.identities[self.id].enabled = True
+        self._endpoint.changed()
 
     def delete(self) -> None:
         """Delete the identity with its twin, a device with its modules."""

@@ -112,6 +112,16 @@ class Settings:
             raise ValueError(f"answer_qos is 'always-0' or 'granted', not {self.answer_qos!r}")
         if self.error_body not in ("json", "empty"):
             raise ValueError(f"error_body is 'json' or 'empty', not {self.error_body!r}")
+        if self.size_code not in (403100, 400004, 413001):
+            raise ValueError(f"size_code is 403100, 400004 or 413001, not {self.size_code!r}")
+        numbers = [("token_grace", self.token_grace), ("connect_within", self.connect_within)]
+        if self.throttle is not None:
+            if not isinstance(self.throttle, (tuple, list)) or len(self.throttle) != 2:
+                raise ValueError(f"throttle is two numbers or None, not {self.throttle!r}")
+            numbers += [("throttle", rate) for rate in self.throttle]
+        for name, value in numbers:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+                raise ValueError(f"{name} is a number from 0 up, not {value!r}")
 
 
 @dataclass
