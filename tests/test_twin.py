@@ -1251,8 +1251,10 @@ def test_3_5_nor_does_one_if_only_the_late_answer_came_meanwhile():
     bench.message(f"$iothub/twin/res/204/?$rid={late}&$version=3")
     bench.document(reported={"a": 2, "b": 2}, reported_version=2)
     assert bench.get is not None
+    bench.report({"d": 4})
+    assert bench.sent is None, "what the hub holds is not known"
     bench.document(reported={"a": 1, "b": 2}, reported_version=3)
-    assert bench.patch == {"a": 2}
+    assert bench.patch == {"a": 2, "d": 4}
 
 
 def test_3_5_a_document_older_than_an_answer_takes_nothing_back():
@@ -1380,6 +1382,19 @@ def test_a_lost_answer_then_412_is_decided_by_the_document(merged):
     assert bench.result(later).error is None
     assert hub == bench.twin.reported
     assert bench.twin.reported["b"] == 1
+
+
+def test_a_recreated_twin_that_looks_like_the_lost_report_is_filled_again():
+    bench = Bench().synchronised(reported={"a": 1}, reported_version=7)
+    ticket = bench.report({"a": None}, version=1)
+    bench.reconnected(reported={}, reported_version=1)
+    assert bench.patch == {"a": 1}
+    bench.answer(204, 2)
+    assert bench.when == 1
+    bench.answer(412)
+    bench.document(reported={"a": 1}, reported_version=2)
+    assert bench.result(ticket).error.status == 412
+    assert bench.twin.reported == {"a": 1}
 
 
 def test_a_document_that_was_asked_for_before_the_412_decides_nothing():

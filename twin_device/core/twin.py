@@ -633,10 +633,11 @@ class Twin:
         # Where the answer was lost, only the document can tell whether the patch was merged.
         merged = self._unsure and same(merge(reported, self._flight_patch), reported)
         self._unsure = False
-        if merged and before is not None:
-            before = merge(before, self._flight_patch)
         for part in self._queue[:1]:
-            if part.version is not None and part.tries and (version != part.version or part.tries == 2):
+            if part.version is not None and part.tries:
+                if version == part.version and part.tries == 1:
+                    merged = False  # it would have moved the version
+                    break
                 del self._queue[0]
                 if merged:
                     out.append(Reported(part.ticket, version, None))
@@ -645,6 +646,8 @@ class Twin:
                     error = ReportRejected(412, message="the reported version is " + str(version))
                     out.append(Reported(part.ticket, None, error))
         if before is not None:
+            if merged:
+                before = merge(before, self._flight_patch)
             restore = diff(reported, before)
             if restore:
                 self._queue.insert(0, _Part(restore, None, None, False))
