@@ -50,6 +50,7 @@ def test_the_public_names() -> None:
         ({"throttle": 100}, "throttle is two numbers or None"),
         ({"throttle": (1, 2, 3)}, "throttle is two numbers or None"),
         ({"throttle": (1, -2)}, "is a number from 0 up, not -2"),
+        ({"session_lifetime": -1}, "session_lifetime is a number from 0 up"),
         ({"host_names": ()}, "at least one host name"),
         ({"host_names": ("",)}, "at least one host name"),
         ({"owner_key": "no base64"}, "a key is not base64"),

@@ -331,9 +331,18 @@ def test_packets_may_come_in_any_pieces(hub: LocalHub) -> None:
     assert play(stream[:-1], stream[-1:]) == whole
 
 
-def test_nothing_is_answered_behind_a_disconnect(hub: LocalHub) -> None:
+def test_nothing_is_done_behind_a_disconnect(hub: LocalHub) -> None:
+    reported = hub.device("dev").reported_version
     with online(hub.mqtt_port) as wire:
-        assert wire.send(DISCONNECT, PINGREQ, publish(GET + "1")).rest() == b""
+        assert wire.send(DISCONNECT, PINGREQ, publish(GET + "1"), publish(REPORT + "2", b"{}")).rest() == b""
+    assert hub.device("dev").reported_version == reported
+
+
+def test_nothing_is_looked_at_behind_a_refusal(hub: LocalHub) -> None:
+    connections = hub.device("dev").connections
+    with Wire(hub.mqtt_port) as wire:
+        assert wire.send(connect("dev", user(), "no token"), CONNECT, PINGREQ).rest() == b"\x20\x02\x00\x05"
+    assert hub.device("dev").connections == connections
 
 
 # ---------------------------------------------------------------------- time

@@ -200,13 +200,31 @@ def test_forgotten_sessions(hub: LocalHub, device: Device) -> None:
     with online(hub.mqtt_port, "other", clean=False) as offline:
         leave(offline)
     with online(hub.mqtt_port, clean=False) as wire:
+        device.send_c2d(b"forgotten as well")
         hub.forget_sessions()
         device.patch_desired({"a": 1})
         wire.send(publish(GET + "1")).nothing_waits()
+        wire.subscribe((INBOX, 1))
+        wire.nothing_waits()
+        hub.forget_sessions()
         by_the_network(wire, device)
     assert session(hub, "other") == 0
     with Wire(hub.mqtt_port) as wire:
         assert wire.connect(clean=False) == 0
+
+
+def test_sessions_may_have_a_lifetime() -> None:
+    for lifetime, present in ((0, 0), (60, 1)):
+        with LocalHub(mqtts_port=None, mqtt_port=0, session_lifetime=lifetime) as hub:
+            device = hub.create_device("dev", KEY)
+            with online(hub.mqtt_port, clean=False) as wire:
+                device.patch_desired({"a": 1})  # it does not end while it is used
+                assert wire.message().payload == b'{"a":1,"$version":2}'
+                leave(wire)
+            assert session(hub) == present
+            # Taken over is not offline.
+            with online(hub.mqtt_port, clean=False), Wire(hub.mqtt_port) as second:
+                assert second.connect(clean=False) == present
 
 
 def test_who_subscribes_again_is_remembered_again(hub: LocalHub, device: Device) -> None:
@@ -365,6 +383,12 @@ def test_at_qos_0_a_message_is_gone_when_it_is_sent(hub: LocalHub, device: Devic
     with Wire(hub.mqtt_port) as wire:
         wire.connect(clean=False)
         wire.nothing_waits()
+
+
+def test_a_subscription_at_qos_2_is_served_at_qos_1(hub: LocalHub, device: Device) -> None:
+    with inbox(hub, qos=2) as wire:
+        device.send_c2d(b"1")
+        assert wire.message().qos == 1
 
 
 @pytest.mark.parametrize("qos", [0, 1])

@@ -38,8 +38,8 @@ class LocalHub:
     loopback only. host_names: the names that the hub goes by; connection strings carry the first. owner_key:
     base64, the key of the hub's policies; made when None. certificates: a folder with ca.pem and server.pem,
     made there when it is empty; None for a folder that goes away with the hub. settings: answer_qos,
-    error_body, size_code, token_grace, throttle, connect_within; see mqtt.Settings. ValueError names what
-    is wrong with an argument.
+    error_body, size_code, token_grace, throttle, session_lifetime, connect_within; see mqtt.Settings.
+    ValueError names what is wrong with an argument.
     """
 
     def __init__(

@@ -97,6 +97,7 @@ class Settings:
     answer_qos: "always-0" or "granted". error_body: "json" or "empty". size_code: errorCode of a section that
     is too large (403100, 400004 or 413001). token_grace: seconds that a connection outlives its token.
     throttle: twin retrieves and reports a second, for the whole hub, as (100, 50); None for no limit.
+    session_lifetime: seconds that the subscriptions of an offline device are kept; None for all the time.
     connect_within: seconds until a silent connection is ended.
     """
 
@@ -105,6 +106,7 @@ class Settings:
     size_code: int = 403100
     token_grace: float = 0.0
     throttle: tuple[float, float] | None = None
+    session_lifetime: float | None = None
     connect_within: float = _CONNECT_WITHIN
 
     def __post_init__(self) -> None:
@@ -119,6 +121,8 @@ class Settings:
             if not isinstance(self.throttle, (tuple, list)) or len(self.throttle) != 2:
                 raise ValueError(f"throttle is two numbers or None, not {self.throttle!r}")
             numbers += [("throttle", rate) for rate in self.throttle]
+        if self.session_lifetime is not None:
+            numbers.append(("session_lifetime", self.session_lifetime))
         for name, value in numbers:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
                 raise ValueError(f"{name} is a number from 0 up, not {value!r}")
@@ -130,6 +134,8 @@ class Session:
 
     subscriptions: dict[str, int] = field(default_factory=dict)
     persistent: bool = False
+    # When its connection ended, in the loop's time.
+    left: float = 0.0
 
 
 @dataclass
@@ -388,6 +394,7 @@ class Connection(asyncio.Protocol):
         endpoint = self._endpoint
         if endpoint.connections.get(self._id) is self:
             del endpoint.connections[self._id]
+            self._session.left = self._loop.time()
         if not self._session.persistent and endpoint.sessions.get(self._id) is self._session:
             del endpoint.sessions[self._id]
 
@@ -564,6 +571,9 @@ class Connection(asyncio.Protocol):
             endpoint.sessions.pop(self._id, None)
         if clean:
             endpoint.messages[self._id].clear()
+        kept, lifetime = endpoint.sessions.get(self._id), endpoint.settings.session_lifetime
+        if kept is not None and lifetime is not None and self._loop.time() > kept.left + lifetime:
+            del endpoint.sessions[self._id]
         present = self._id in endpoint.sessions
         self._session = endpoint.sessions.setdefault(self._id, Session())
         self._session.persistent = not clean
