@@ -259,6 +259,17 @@ def test_while_connected(hub: LocalHub, device: Device, row: Row) -> None:
         other.nothing_waits()
 
 
+@pytest.mark.parametrize("earlier", [{"o": None}, {"o": 5}])
+def test_coalesced_patches_that_do_not_compose(hub: LocalHub, device: Device, earlier: Any) -> None:
+    device.patch_desired({"o": {"x": 1}})
+    hub.fault("notification_coalesced", times=1)
+    with online(hub.mqtt_port) as wire:
+        patch(device, earlier, {"o": {"y": 2}})
+        # Without the null the device would keep "x", which the hub has not.
+        assert versions(wire, 1) == [(4, {"o": {"x": None, "y": 2}})]
+        assert device.desired == {"o": {"y": 2}}
+
+
 def test_a_notification_that_nobody_would_get_is_no_hit(hub: LocalHub, device: Device) -> None:
     fault = hub.fault("notification_lost", times=1)
     device.patch_desired({"offline": 1})

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from tests.hub_wire import (
     DESIRED,
@@ -22,7 +24,7 @@ from tests.hub_wire import (
     token,
     user,
 )
-from twin_device.hub import Device, LocalHub
+from twin_device.hub import Device, LocalHub, twins
 
 EMPTY = b'{"desired":{"$version":1},"reported":{"$version":1}}'
 
@@ -256,6 +258,8 @@ BAD_JSON: dict[str, bytes] = {
     "a raw line feed in a string": b'{"a":"\n"}',
     "an integer of five thousand digits": b'{"a":' + b"1" * 5000 + b"}",
     "brackets without end": b'{"a":' + b"[" * 100_000,
+    "a member twice": b'{"a":1,"a":1}',
+    "a member twice, in an array": b'{"a":[{"b":1,"b":2}]}',
     "an array": b"[]",
     "a string": b'"a"',
     "a number": b"1",
@@ -594,6 +598,19 @@ def test_what_is_no_document_of_json(device: Device, document: Any) -> None:
     assert service_version(device) == ("AAAAAAAAAAE=", 2, 1, 1)
 
 
+def test_a_document_that_nests_without_end_is_refused_like_any_other(device: Device) -> None:
+    document: dict[str, Any] = {}
+    for _ in range(100_000):
+        document = {"a": document}
+    itself: dict[str, Any] = {}
+    itself["a"] = itself
+    for one in (document, itself):
+        for write in (device.patch_desired, device.replace_desired, device.patch_tags):
+            with pytest.raises(ValueError, match="nest deeper"):
+                write(one)
+    assert service_version(device) == ("AAAAAAAAAAE=", 2, 1, 1)
+
+
 def test_documents_are_the_hubs_own(device: Device) -> None:
     mine: dict[str, Any] = {"o": {"a": [1]}}
     device.patch_desired(mine)
@@ -696,6 +713,30 @@ def test_the_whole_twin_as_the_back_end_sees_it(hub: LocalHub) -> None:
     for gone in (device, module):
         with pytest.raises(KeyError):
             _ = gone.twin
+
+
+# ---------------------------------------------------------------------- two patches in one
+
+
+KEYS = st.sampled_from("abc")
+LEAVES = st.sampled_from([None, 1, "x", [1]])
+PATCHES = st.recursive(
+    st.dictionaries(KEYS, LEAVES, max_size=3),
+    lambda inner: st.dictionaries(KEYS, inner | LEAVES, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(before=PATCHES, first=PATCHES, second=PATCHES)
+@example({"a": {"b": 1}}, {"a": None}, {"a": {"c": 2}})
+@example({"a": {"b": 1}}, {"a": 5}, {"a": {"c": 2}})
+@example({"a": {"b": {"c": 1}}}, {"a": {"b": None}}, {"a": {"b": {"d": 1}}})
+@example({"a": {"b": 1}}, {"a": None}, {"a": {}})
+@example({"a": {"b": {"c": 1}}}, {"a": None}, {"a": {"b": {"d": 1}}})
+def test_a_joined_patch_does_what_both_do(before: Any, first: Any, second: Any) -> None:
+    before = twins.merged({}, before)  # a document has no nulls
+    both = twins.merged(twins.merged(before, first), second)
+    assert twins.merged(before, twins.joined(before, first, second)) == both
 
 
 # ---------------------------------------------------------------------- starting over

@@ -145,6 +145,14 @@ class _Message:
     delivered: bool = False
 
 
+class _Held(NamedTuple):
+    """A notification that waits for the next one. before: the document it changed, if they become one."""
+
+    patch: twins.Document
+    version: int
+    before: twins.Document | None = None
+
+
 class Endpoint:
     """All devices of one hub, seen from MQTT. Everything here runs in the hub's event loop."""
 
@@ -165,7 +173,7 @@ class Endpoint:
         self.telemetry: dict[str, deque[Telemetry]] = {}
         self.messages: dict[str, deque[_Message]] = {}
         self._held_reports: dict[str, Callable[[], None]] = {}
-        self._held_notifications: dict[str, tuple[twins.Document, int]] = {}
+        self._held_notifications: dict[str, _Held] = {}
         self._sent_notifications: dict[str, tuple[twins.Document, int]] = {}
         self._buckets: dict[str, tuple[float, float]] = {}
 
@@ -220,21 +228,21 @@ class Endpoint:
             return  # nothing is sent that could go wrong
         take = self.faults.take
         held = self._held_notifications.pop(identity_id, None)
-        if held is not None and held[1] < 0:
-            # Held to be coalesced: its version is the next one's.
-            self.send_notification(identity_id, twins_composed(held[0], patch), version)
+        if held is not None and held.before is not None:
+            self.send_notification(identity_id, twins.joined(held.before, held.patch, patch), version)
             return
         if held is not None:
             self.send_notification(identity_id, patch, version)
-            self.send_notification(identity_id, *held)
+            self.send_notification(identity_id, held.patch, held.version)
             return
         if take("notification_lost", identity_id):
             return
         if take("notification_reordered", identity_id):
-            self._held_notifications[identity_id] = (patch, version)
+            self._held_notifications[identity_id] = _Held(patch, version)
             return
         if take("notification_coalesced", identity_id):
-            self._held_notifications[identity_id] = (patch, -1)
+            before = self.twins[identity_id].former_desired
+            self._held_notifications[identity_id] = _Held(patch, version, before)
             return
         late = take("notification_late", identity_id)
         if late:
@@ -296,17 +304,6 @@ class Endpoint:
         apply = self._held_reports.pop(identity_id, None)
         if apply is not None:
             apply()
-
-
-def twins_composed(first: twins.Document, second: twins.Document) -> twins.Document:
-    """Two patches in one, nulls kept."""
-    result = dict(first)
-    for key, value in second.items():
-        before = result.get(key)
-        result[key] = (
-            twins_composed(before, value) if isinstance(value, dict) and isinstance(before, dict) else value
-        )
-    return result
 
 
 class Connection(asyncio.Protocol):

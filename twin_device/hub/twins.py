@@ -43,6 +43,8 @@ class Twin:
     reported: Document = field(default_factory=dict)
     desired_version: int = 1
     reported_version: int = 1
+    # The desired properties before they were last written.
+    former_desired: Document = field(default_factory=dict)
     # The back end's writes of tags and desired properties.
     etag_counter: int = 1
     desired_metadata: Document = field(default_factory=lambda: {"$lastUpdated": now()})
@@ -105,8 +107,7 @@ class Twin:
         The device is sent exactly the patch, also where values do not change; a patch that only removes what
         is not there says nothing.
         """
-        patch = _own(patch)
-        check(patch, nulls=True)
+        patch = _own(patch, nulls=True)
         if _says_nothing(self.desired, patch):
             self.etag_counter += 1
             return None
@@ -118,8 +119,7 @@ class Twin:
 
         It has every key of the new document, with null for each that is gone, nested ones too.
         """
-        document = _own(document)
-        check(document, nulls=False)
+        document = _own(document, nulls=False)
         patch = _replacement(self.desired, document)
         self._set_desired(document, patch)
         return patch
@@ -134,7 +134,7 @@ class Twin:
 
     def _set_desired(self, document: Document, patch: Document) -> None:
         _check_size(document, "Properties.Desired", MAX_SECTION)
-        self.desired = document
+        self.former_desired, self.desired = self.desired, document
         self.desired_version += 1
         self.etag_counter += 1
         stamp = {"$lastUpdated": now(), "$lastUpdatedVersion": self.desired_version}
@@ -159,7 +159,9 @@ def encode(document: Document) -> bytes:
 def decode(payload: bytes) -> Document:
     """The JSON object of a UTF-8 payload; Invalid if it is none."""
     try:
-        document = json.loads(payload.decode("utf-8"), parse_constant=_refuse_constant)
+        document = json.loads(
+            payload.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_without_doubles
+        )
     except (ValueError, RecursionError):
         raise Invalid(400006, "The payload is not valid JSON in UTF-8.") from None
     if not isinstance(document, dict):
@@ -177,6 +179,25 @@ def merged(target: Any, patch: Document) -> Document:
             result[key] = merged(result.get(key), value)
         else:
             result[key] = copy.deepcopy(value)
+    return result
+
+
+def joined(before: Any, first: Document, second: Document) -> Document:
+    """One patch that does to before what first and then second do.
+
+    Merge patches do not compose without the document: {"a": null} and then {"a": {"c": 1}} has to remove what
+    else there was in "a".
+    """
+    result = dict(first)
+    for key, value in second.items():
+        held = before.get(key) if isinstance(before, dict) else None
+        earlier = first.get(key)
+        if isinstance(value, dict) and isinstance(earlier, dict):
+            result[key] = joined(held, earlier, value)
+        elif isinstance(value, dict) and key in first and isinstance(held, dict):
+            result[key] = _replacement(held, merged(None, value))
+        else:
+            result[key] = value
     return result
 
 
@@ -256,13 +277,14 @@ def _characters(text: str) -> int:
     return len("".join(c for c in text if not (ord(c) < 32 or 127 <= ord(c) < 160)).encode())
 
 
-def _own(document: Document) -> Document:
-    # Tools send a whole twin back: what is the hub's own is not written.
-    if not isinstance(document, dict):
-        raise Invalid(400004, "Provided json is not a valid 'tags' or 'properties' object.")
-    return {
-        key: copy.deepcopy(value) for key, value in document.items() if key not in ("$version", "$metadata")
-    }
+def _own(document: Document, *, nulls: bool) -> Document:
+    """A copy of what the back end writes, checked."""
+    if isinstance(document, dict):
+        # Tools send a whole twin back: what is the hub's own is not written.
+        document = {key: value for key, value in document.items() if key not in ("$version", "$metadata")}
+    check(document, nulls=nulls)
+    # Copied only when its depth is known: a copy recurses.
+    return copy.deepcopy(document)
 
 
 def _says_nothing(target: Any, patch: Document) -> bool:
@@ -311,3 +333,11 @@ def now() -> str:
 
 def _refuse_constant(word: str) -> None:
     raise ValueError(word)
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> Document:
+    # Which of two members counts is nobody's rule (RFC 8259, section 4).
+    document = dict(pairs)
+    if len(document) < len(pairs):
+        raise ValueError("a member twice")
+    return document
