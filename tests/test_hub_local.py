@@ -400,7 +400,7 @@ def run_pytest(folder: Path, *arguments: str, conftest: str = "") -> "subprocess
 def test_the_fixture_of_an_app(tmp_path: Path) -> None:
     done = run_pytest(tmp_path)
     assert "2 passed" in done.stdout, done.stdout + done.stderr
-    assert done.returncode == 0
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_fixture_without_trustme(tmp_path: Path) -> None:

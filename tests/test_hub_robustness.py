@@ -398,6 +398,24 @@ def test_started_and_closed_many_times(certificates: Path) -> None:
 
 
 @pytest.mark.usefixtures("nothing_left")
+def test_connections_that_come_and_go_while_it_closes(certificates: Path) -> None:
+    hub = LocalHub(mqtt_port=0, certificates=certificates)
+    for number in range(150):
+        hub.start()
+        made = [
+            socket.create_connection(("127.0.0.1", port or 0), PATIENCE)
+            for port in (hub.mqtts_port, hub.mqtt_port)
+            for _ in range(number % 3 + 1)
+        ]
+        if number % 2:
+            for one in made:
+                one.close()
+        hub.close()
+        for one in made:
+            one.close()
+
+
+@pytest.mark.usefixtures("nothing_left")
 def test_a_folder_of_its_own_goes_with_the_hub() -> None:
     before = temporary_folders()
     with LocalHub() as hub:

@@ -93,7 +93,7 @@ class LocalHub:
                 self._clean_up()
                 raise
         self._contexts = {"mqtts": context, "mqtt": None}
-        self._loop = asyncio.new_event_loop()
+        self._loop = asyncio.SelectorEventLoop()  # on Windows too: it can wait for a listener
         self._thread = threading.Thread(target=self._run, name="twin-device-hub", daemon=True)
         self._thread.start()
         try:
@@ -172,8 +172,13 @@ class LocalHub:
     async def _accept(self, name: str, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
+            # Not sock_accept: cancelled at the wrong moment it forgets a connection that is open.
             try:
-                raw, _ = await loop.sock_accept(listener)
+                raw, _ = listener.accept()
+                raw.setblocking(False)
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                await _readable(loop, listener)
+                continue
             except OSError as error:
                 # Out of file descriptors: those who are connected go on, new ones wait.
                 _log.warning("cannot accept a connection: %s", error)
@@ -205,10 +210,11 @@ class LocalHub:
 
     async def _shut_down(self) -> None:
         listeners, self._listeners = self._listeners, []
-        tasks = [task for _, task in listeners] + list(self._greeting)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        # First those who accept; by then every greeting has begun, and closes what it was given.
+        for tasks in [task for _, task in listeners], self._greeting:
+            for task in list(tasks):
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
         for raw in [listener for listener, _ in listeners] + self._hanging:
             raw.close()
         self._hanging = []
@@ -586,6 +592,15 @@ class Device:
             self._endpoint.create(self._hub._registry.create(self.id, key))
 
         self._hub._call(recreate)
+
+
+async def _readable(loop: asyncio.AbstractEventLoop, listener: socket.socket) -> None:
+    ready = loop.create_future()
+    loop.add_reader(listener, lambda: None if ready.done() else ready.set_result(None))
+    try:
+        await ready
+    finally:
+        loop.remove_reader(listener)
 
 
 def _contains(document: Any, wanted: Any) -> bool:
