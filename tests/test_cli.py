@@ -24,7 +24,8 @@ def run(
     *arguments: str, device: Device | None = None, stdin: str | None = None
 ) -> "subprocess.CompletedProcess[str]":
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
-    environment.pop("IOTHUB_DEVICE_CONNECTION_STRING", None)
+    for name in ("IOTHUB_DEVICE_CONNECTION_STRING", "IOTHUB_CONNECTION_STRING"):
+        environment.pop(name, None)
     if device is not None:
         environment["IOTHUB_DEVICE_CONNECTION_STRING"] = device.connection_string
     return subprocess.run(
@@ -84,7 +85,11 @@ def test_the_demo_ends_cleanly_at_ctrl_c() -> None:
         while "First twin" not in line(process):
             pass
         process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=PATIENCE)
+        # Not communicate(): it passes over what readline has buffered.
+        assert process.stdout is not None
+        assert process.stderr is not None
+        output, errors = process.stdout.read(), process.stderr.read()
+        process.wait(PATIENCE)
     # It may just have finished.
     assert (process.returncode, output.rstrip().splitlines()[-1][:11]) in [
         (130, "Interrupted"),
@@ -140,18 +145,104 @@ def test_hub_run_says_how_to_connect_and_ends_cleanly(tmp_path: Path, number: si
 
 
 def test_hub_run_prints_lines_for_people() -> None:
-    with running("hub", "run", "--mqtts-port", "auto", "--device", f"dev-1:{KEY}") as process:
+    with running(
+        "hub", "run", "--mqtts-port", "auto", "--https-port", "0", "--device", f"dev-1:{KEY}"
+    ) as process:
         assert line(process).startswith("ready: mqtts ")
+        assert line(process).startswith("back end: HostName=localhost;SharedAccessKeyName=iothubowner;")
         assert line(process).startswith("device dev-1: HostName=localhost:")
 
 
 def test_hub_run_on_a_port_that_is_taken_is_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        done = run("hub", "run", "--mqtts-port", str(port))
+        done = run("hub", "run", "--mqtts-port", str(port), "--https-port", "0")
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert f"cannot listen on port {port}" in done.stderr
+
+
+# ---------------------------------------------------------------------- a back end's commands
+
+
+@pytest.fixture
+def served() -> Iterator[LocalHub]:
+    with LocalHub(https_port=0, http_port=0, owner_key=KEY) as hub:
+        yield hub
+
+
+def back_end(hub: LocalHub, *arguments: str, stdin: str | None = None) -> "subprocess.CompletedProcess[str]":
+    connection = ["--connection-string", hub.service_connection_string, "--ca-file", hub.ca_file]
+    return run("hub", *arguments, *connection, stdin=stdin)
+
+
+def test_a_device_is_created_listed_and_deleted(served: LocalHub) -> None:
+    done = back_end(served, "device", "create", "sensor-1", "--key", KEY)
+    text = f"HostName=localhost;DeviceId=sensor-1;SharedAccessKey={KEY}\n"
+    assert (done.returncode, done.stdout) == (0, text), done.stderr
+    assert back_end(served, "device", "connection-string", "sensor-1").stdout == text
+    module = back_end(served, "device", "create", "sensor-1/m").stdout
+    assert module.startswith("HostName=localhost;DeviceId=sensor-1;ModuleId=m;SharedAccessKey=")
+    back_end(served, "device", "create", "a")
+    assert back_end(served, "device", "list").stdout == (
+        "deviceId  status   connectionState  statusReason\n"
+        "sensor-1  enabled  Disconnected\n"
+        "a         enabled  Disconnected\n"
+    )
+    listed = back_end(served, "device", "list", "--json").stdout
+    assert [one["deviceId"] for one in json.loads(listed)] == ["sensor-1", "a"]
+    assert KEY not in listed
+    assert back_end(served, "device", "delete", "sensor-1").returncode == 0
+    assert [device.id for device in served.devices] == ["a"]
+
+
+def test_a_twin_is_shown_and_changed(served: LocalHub) -> None:
+    device = served.create_device("sensor-1", desired={"a": 1, "b": 2}, tags={"floor": 3})
+    assert json.loads(back_end(served, "twin", "show", "sensor-1").stdout)["tags"] == {"floor": 3}
+    done = back_end(served, "twin", "update", "sensor-1", '{"a": null, "c": {"d": "ü"}}')
+    assert json.loads(done.stdout)["properties"]["desired"]["c"] == {"d": "ü"}
+    assert device.desired == {"b": 2, "c": {"d": "ü"}}
+    back_end(served, "twin", "tags", "sensor-1", "-", stdin='{"floor": null, "room": "x"}')
+    assert device.twin["tags"] == {"room": "x"}
+    back_end(served, "twin", "replace", "sensor-1", '{"only": true}')
+    assert device.desired == {"only": True}
+    assert device.twin["tags"] == {"room": "x"}
+
+
+def test_a_query_prints_a_table(served: LocalHub) -> None:
+    served.create_device("a", tags={"floor": 3})
+    served.create_device("bcd", tags={"floor": {"name": "x"}})
+    text = "SELECT deviceId, tags.floor AS floor FROM devices"
+    assert back_end(served, "query", text).stdout == 'deviceId  floor\na         3\nbcd       {"name": "x"}\n'
+    assert json.loads(back_end(served, "query", text, "--json").stdout)[0] == {"deviceId": "a", "floor": 3}
+    assert back_end(served, "query", "SELECT * FROM devices WHERE deviceId = 'z'").stdout == ""
+
+
+def test_the_plaintext_port_serves_where_it_is_asked_for(served: LocalHub) -> None:
+    text = f"HostName=localhost:{served.http_port};SharedAccessKeyName=iothubowner;SharedAccessKey={KEY}"
+    done = run("hub", "device", "create", "a", "--plaintext", "--connection-string", text)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["twin", "show", "nobody"], 1, "status 404 DeviceNotFound"),
+        (["twin", "update", "a", '{"a.b": 1}'], 1, "status 400 ArgumentInvalid"),
+        (["twin", "update", "a", "[]"], 2, "the document is a JSON object, not list"),
+        (["device", "create", "a"], 1, "status 409 DeviceAlreadyExists"),
+        (["device", "create", "b", "--key", "short!"], 2, "SharedAccessKey is not base64"),
+        (["query", "SELECT nonsense"], 1, "status 400 ArgumentInvalid"),
+    ],
+)
+def test_what_a_hub_refuses_is_one_line(
+    served: LocalHub, arguments: list[str], status: int, message: str
+) -> None:
+    served.create_device("a")
+    done = back_end(served, *arguments)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 # ---------------------------------------------------------------------- a device's twin
@@ -229,6 +320,7 @@ def test_verbose_shows_the_wire_and_no_secret(local_hub: LocalHub, device: Devic
 
 # ---------------------------------------------------------------------- what goes wrong is one line
 
+SERVICE = f"HostName=localhost:1;SharedAccessKeyName=service;SharedAccessKey={KEY}"
 CONNECTION = f"HostName=localhost:1;DeviceId=dev-1;SharedAccessKey={KEY}"
 
 
@@ -238,19 +330,22 @@ CONNECTION = f"HostName=localhost:1;DeviceId=dev-1;SharedAccessKey={KEY}"
         (["get"], 2, "no connection string: set IOTHUB_DEVICE_CONNECTION_STRING"),
         (["get", "--connection-string", "HostName=x"], 2, "DeviceId is missing"),
         (["get", "--connection-string", CONNECTION + "="], 2, "SharedAccessKey is not base64"),
-        (["report", '{"a":', "--connection-string", CONNECTION], 2, "the patch is not JSON"),
-        (["report", "[1]", "--connection-string", CONNECTION], 2, "a patch is a JSON object"),
+        (["report", '{"a":', "--connection-string", CONNECTION], 2, "the document is not JSON"),
+        (["report", "[1]", "--connection-string", CONNECTION], 2, "the document is a JSON object, not list"),
         (["report", '{"a.b": 1}', "--connection-string", CONNECTION], 2, "a.b: a key has no"),
         (["report", '{"a": NaN}', "--connection-string", CONNECTION], 2, "a: a number must be finite"),
         (["get", "--connection-string", CONNECTION, "--ca-file", "nowhere.pem"], 2, "cannot be read"),
         (["get", "--connection-string", CONNECTION, "--timeout", "0.5"], 1, "cannot connect to localhost:1"),
-        (["hub", "run", "--device", "a b"], 2, "is not an id"),
+        (["hub", "run", "--mqtts-port", "0", "--device", "a b"], 2, "is not an id"),
+        (["hub", "device", "list"], 2, "no connection string: set IOTHUB_CONNECTION_STRING"),
+        (["hub", "device", "list", "--connection-string", CONNECTION], 2, "SharedAccessKeyName is missing"),
+        (["hub", "device", "list", "--connection-string", SERVICE], 1, "cannot reach localhost:1"),
         (["hub", "run", "--mqtts-port", "0", "--device", "a:short"], 2, "a key is not base64"),
     ],
 )  # fmt: skip
 def test_an_error_is_one_line_and_a_status(arguments: list[str], status: int, message: str) -> None:
-    if arguments[:2] == ["hub", "run"] and "--mqtts-port" not in arguments:
-        arguments = [*arguments, "--mqtts-port", "auto"]
+    if arguments[:2] == ["hub", "run"]:
+        arguments = [*arguments, "--https-port", "0"]
     done = run(*arguments)
     assert done.returncode == status, done.stderr
     assert message in done.stderr
@@ -259,7 +354,23 @@ def test_an_error_is_one_line_and_a_status(arguments: list[str], status: int, me
     assert done.stdout == ""
 
 
-@pytest.mark.parametrize("command", ["", "demo", "hub run", "get", "watch", "report"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "",
+        "demo",
+        "hub",
+        "hub run",
+        "hub device",
+        "hub device create",
+        "hub twin",
+        "hub twin update",
+        "hub query",
+        "get",
+        "watch",
+        "report",
+    ],
+)
 def test_help_is_there(command: str) -> None:
     done = run(*command.split(), "--help")
     assert done.returncode == 0
@@ -267,7 +378,8 @@ def test_help_is_there(command: str) -> None:
     assert len(done.stdout.splitlines()) > 5
 
 
-@pytest.mark.parametrize("arguments", [[], ["hub"], ["fly"], ["report"], ["get", "--timeout", "never"],
-                                       ["hub", "run", "--mqtts-port", "70000"]])  # fmt: skip
-def test_wrong_use_is_exit_status_2(arguments: list[str]) -> None:
-    assert run(*arguments).returncode == 2
+@pytest.mark.parametrize(
+    "command", ["", "hub", "hub twin", "fly", "report", "get --timeout never", "hub run --mqtts-port 70000"]
+)
+def test_wrong_use_is_exit_status_2(command: str) -> None:
+    assert run(*command.split()).returncode == 2

@@ -13,14 +13,16 @@ from . import __version__
 from .core.errors import LocalError, TwinError
 
 _VARIABLE = "IOTHUB_DEVICE_CONNECTION_STRING"
+_SERVICE_VARIABLE = "IOTHUB_CONNECTION_STRING"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status: 0 done, 1 the hub or the network failed, 2 wrong use."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.command is None or (options.command == "hub" and options.hub_command is None):
-        (parser if options.command is None else options.parser).print_help()
+    if options.run is None:
+        # A command of commands, without one of them.
+        options.parser.print_help()
         return 2
     if options.verbose:
         logging.basicConfig(level=logging.DEBUG, format="%(asctime)s %(name)s %(message)s")
@@ -49,11 +51,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Azure IoT Hub device twins: a correct client, and a local hub to develop against.",
         epilog="Exit status: 0 done, 1 the hub or the network failed, 2 wrong use.",
     )
+    parser.set_defaults(run=None, parser=parser)
     parser.add_argument("--version", action="version", version=f"twin-device {__version__}")
     parser.add_argument(
         "--verbose", action="store_true", help="show on standard error what goes over the wire"
     )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands = parser.add_subparsers(metavar="COMMAND")
 
     demo = commands.add_parser(
         "demo",
@@ -64,13 +67,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.set_defaults(run=_demo)
 
-    hub = commands.add_parser("hub", help="a local hub", description="A local hub for development and tests.")
+    hub = commands.add_parser(
+        "hub",
+        help="a local hub, and a back end's commands for any hub",
+        description="Run a local hub; or do a back end's work on any hub, local or a real IoT Hub, by its "
+        "REST API with a service connection string.",
+    )
     hub.set_defaults(parser=hub)
-    hub_commands = hub.add_subparsers(dest="hub_command", metavar="COMMAND")
+    hub_commands = hub.add_subparsers(metavar="COMMAND")
     run = hub_commands.add_parser(
         "run",
         help="run a local hub until SIGINT or SIGTERM",
-        description="Run a local hub with the device endpoint of an IoT Hub: MQTT over TLS, device twins. "
+        description="Run a local hub: devices connect by MQTT over TLS, back ends by the REST API. "
         "When it is ready it prints how to connect to it. Needs twin-device[hub]. For development: it keeps "
         "everything in memory and is no production hub.",
         epilog="Example: twin-device hub run --device sensor-temp-042",
@@ -89,6 +97,20 @@ def _parser() -> argparse.ArgumentParser:
         default=0,
         metavar="PORT",
         help="MQTT in plaintext, on loopback only; 0 is off, auto a free port (default 0)",
+    )
+    run.add_argument(
+        "--https-port",
+        type=port,
+        default=8443,
+        metavar="PORT",
+        help="the back end's REST API over TLS; 0 is off, auto a free port (default 8443)",
+    )
+    run.add_argument(
+        "--http-port",
+        type=port,
+        default=0,
+        metavar="PORT",
+        help="the REST API in plaintext, on loopback only; 0 is off, auto a free port (default 0)",
     )
     run.add_argument(
         "--host-name",
@@ -112,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--json", action="store_true", help="print the line that says how to connect as JSON")
     run.set_defaults(run=_hub_run)
+    _add_backend_commands(hub_commands)
 
     device = argparse.ArgumentParser(add_help=False)
     device.add_argument(
@@ -120,15 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"the device's connection string; better in the environment variable {_VARIABLE}, since other "
         "users of this machine can see a command's arguments",
     )
-    device.add_argument(
-        "--ca-file", metavar="PEM", help="trust this CA instead of the system's (a local hub's ca.pem)"
-    )
-    device.add_argument(
-        "--plaintext", action="store_true", help="no TLS: for a local hub's plaintext port only"
-    )
-    device.add_argument(
-        "--timeout", type=_seconds, default=60.0, metavar="SECONDS", help="longest wait (default 60)"
-    )
+    _add_connection_options(device)
 
     get = commands.add_parser(
         "get",
@@ -156,6 +171,90 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("patch", metavar="JSON", help="the patch, or - to read it from standard input")
     report.set_defaults(run=_report)
     return parser
+
+
+def _add_backend_commands(commands: Any) -> None:
+    """The commands of a back end, which speak the REST API alone."""
+    hub = argparse.ArgumentParser(add_help=False)
+    hub.add_argument(
+        "--connection-string",
+        metavar="TEXT",
+        help=f"the hub's service connection string; better in the environment variable {_SERVICE_VARIABLE}",
+    )
+    _add_connection_options(hub)
+
+    device = commands.add_parser(
+        "device", help="create, list and delete devices", description="Devices and modules."
+    )
+    device.set_defaults(parser=device)
+    device_commands = device.add_subparsers(metavar="COMMAND")
+    name_help = "the device, or DEVICE/MODULE"
+    for word, about, work in (
+        ("create", "create a device or module and print its connection string", _device_create),
+        ("delete", "delete a device with its modules, or a module", _device_delete),
+        ("connection-string", "print the connection string of a device or module", _device_connection_string),
+    ):
+        one = device_commands.add_parser(
+            word, parents=[hub], help=about, description=about.capitalize() + "."
+        )
+        one.add_argument("name", metavar="ID", help=name_help)
+        if word == "create":
+            one.add_argument("--key", metavar="BASE64", help="its key; made by the hub when absent")
+        one.set_defaults(run=work)
+    about = "list the devices: id, status, connection"
+    one = device_commands.add_parser("list", parents=[hub], help=about, description=about.capitalize() + ".")
+    one.add_argument("--json", action="store_true", help="print the identities without their keys, as JSON")
+    one.set_defaults(run=_device_list)
+
+    twin = commands.add_parser(
+        "twin", help="show and change twins", description="The twins of devices and modules."
+    )
+    twin.set_defaults(parser=twin)
+    twin_commands = twin.add_subparsers(metavar="COMMAND")
+    show = "print the whole twin as JSON"
+    one = twin_commands.add_parser("show", parents=[hub], help=show, description=show.capitalize() + ".")
+    one.add_argument("name", metavar="ID", help=name_help)
+    one.set_defaults(run=_twin_show)
+    for word, about, work in (
+        ("update", "merge a patch into the desired properties; null removes one", _twin_update),
+        ("replace", "replace all desired properties; tags stay", _twin_replace),
+        ("tags", "merge a patch into the tags; null removes one", _twin_tags),
+    ):
+        one = twin_commands.add_parser(
+            word,
+            parents=[hub],
+            help=about,
+            description=about.capitalize() + ". Prints the twin after it.",
+            epilog=f"""Example: twin-device hub twin {word} sensor-temp-042 '{{"telemetryInterval": 15}}'""",
+        )
+        one.add_argument("name", metavar="ID", help=name_help)
+        one.add_argument(
+            "document", metavar="JSON", help="a JSON object, or - to read it from standard input"
+        )
+        one.set_defaults(run=work)
+
+    query = commands.add_parser(
+        "query",
+        parents=[hub],
+        help="ask for twins with a query",
+        description="Run a query in IoT Hub's query language and print its rows as a table.",
+        epilog="""Example: twin-device hub query "SELECT deviceId, version FROM devices" """,
+    )
+    query.add_argument("text", metavar="QUERY", help="SELECT ... FROM devices or devices.modules ...")
+    query.add_argument("--json", action="store_true", help="print the rows as a JSON array")
+    query.set_defaults(run=_hub_query)
+
+
+def _add_connection_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ca-file", metavar="PEM", help="trust this CA instead of the system's (a local hub's ca.pem)"
+    )
+    parser.add_argument(
+        "--plaintext", action="store_true", help="no TLS: for a local hub's plaintext port only"
+    )
+    parser.add_argument(
+        "--timeout", type=_seconds, default=60.0, metavar="SECONDS", help="longest wait (default 60)"
+    )
 
 
 def _port_or_auto(text: str) -> int | str:
@@ -208,6 +307,8 @@ def _hub_run(options: argparse.Namespace) -> int:
         hub = LocalHub(
             mqtts_port=asked(options.mqtts_port),
             mqtt_port=asked(options.mqtt_port),
+            https_port=asked(options.https_port),
+            http_port=asked(options.http_port),
             host_names=tuple(options.host_name or ("localhost",)),
             owner_key=options.owner_key,
             certificates=options.certificates,
@@ -227,17 +328,18 @@ def _hub_run(options: argparse.Namespace) -> int:
                 hub.create_device(name if colon else text, key=key if colon else None)
         except ValueError as error:
             return _complain(error, 2)
-        encrypted = hub.mqtts_port is not None
-        devices = {
-            device.id: device.connection_string if encrypted else device.plaintext_connection_string
-            for device in hub.devices
-        }
+        encrypted = hub.mqtts_port is not None or hub.https_port is not None
+        devices = {}
+        if hub.mqtts_port is not None:
+            devices = {device.id: device.connection_string for device in hub.devices}
+        elif hub.mqtt_port is not None:
+            devices = {device.id: device.plaintext_connection_string for device in hub.devices}
         ready: dict[str, Any] = {
             "event": "ready",
             "mqtts": hub.mqtts_port or 0,
             "mqtt": hub.mqtt_port or 0,
-            "https": 0,
-            "http": 0,
+            "https": hub.https_port or 0,
+            "http": hub.http_port or 0,
             "ca": os.path.abspath(hub.ca_file) if encrypted else None,
             "service": hub.service_connection_string,
             "devices": devices,
@@ -245,8 +347,9 @@ def _hub_run(options: argparse.Namespace) -> int:
         if options.json:
             print(_line(ready), flush=True)
         else:
-            ports = [f"{name} {ready[name]}" for name in ("mqtts", "mqtt") if ready[name]]
+            ports = [f"{name} {ready[name]}" for name in ("mqtts", "mqtt", "https", "http") if ready[name]]
             print(f"ready: {', '.join(ports) or 'no port'}" + (f"; CA {ready['ca']}" if encrypted else ""))
+            print(f"back end: {ready['service']}")
             for name, text in devices.items():
                 print(f"device {name}: {text}")
             sys.stdout.flush()
@@ -254,6 +357,114 @@ def _hub_run(options: argparse.Namespace) -> int:
             # Without a time limit no signal could end the wait on Windows.
             ended.wait(3600 if os.name == "posix" else 0.5)
     return 0
+
+
+# ---------------------------------------------------------------------- a back end's work
+
+
+def _backend(options: argparse.Namespace) -> Any:
+    from .backend import Backend
+
+    text = options.connection_string or os.environ.get(_SERVICE_VARIABLE)
+    if not text:
+        raise LocalError(f"no connection string: set {_SERVICE_VARIABLE}, or give --connection-string")
+    return Backend(text, ca_file=options.ca_file, tls=not options.plaintext, timeout=options.timeout)
+
+
+def _document(text: str) -> dict[str, Any]:
+    try:
+        document = json.loads(sys.stdin.read() if text == "-" else text)
+    except (ValueError, RecursionError) as error:
+        raise LocalError(f"the document is not JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise LocalError(f"the document is a JSON object, not {type(document).__name__}")
+    return document
+
+
+def _device_create(options: argparse.Namespace) -> int:
+    with _backend(options) as backend:
+        backend.create(options.name, options.key)
+        print(backend.connection_string(options.name))
+    return 0
+
+
+def _device_delete(options: argparse.Namespace) -> int:
+    with _backend(options) as backend:
+        backend.delete(options.name)
+    return 0
+
+
+def _device_connection_string(options: argparse.Namespace) -> int:
+    with _backend(options) as backend:
+        print(backend.connection_string(options.name))
+    return 0
+
+
+def _device_list(options: argparse.Namespace) -> int:
+    with _backend(options) as backend:
+        found = backend.identities()
+    rows = [
+        {name: one.get(name) for name in ("deviceId", "status", "connectionState", "statusReason")}
+        for one in found
+    ]
+    _print_rows(rows, options.json)
+    return 0
+
+
+def _twin_show(options: argparse.Namespace) -> int:
+    with _backend(options) as backend:
+        _print_document(backend.twin(options.name))
+    return 0
+
+
+def _twin_update(options: argparse.Namespace) -> int:
+    document = _document(options.document)
+    with _backend(options) as backend:
+        _print_document(backend.update_twin(options.name, {"properties": {"desired": document}}))
+    return 0
+
+
+def _twin_replace(options: argparse.Namespace) -> int:
+    document = _document(options.document)
+    with _backend(options) as backend:
+        # A replacement replaces the tags, too: they are sent back as they are.
+        tags = backend.twin(options.name).get("tags") or {}
+        body = {"tags": tags, "properties": {"desired": document}}
+        _print_document(backend.update_twin(options.name, body, replace=True))
+    return 0
+
+
+def _twin_tags(options: argparse.Namespace) -> int:
+    document = _document(options.document)
+    with _backend(options) as backend:
+        _print_document(backend.update_twin(options.name, {"tags": document}))
+    return 0
+
+
+def _hub_query(options: argparse.Namespace) -> int:
+    with _backend(options) as backend:
+        _print_rows(backend.query(options.text), options.json)
+    return 0
+
+
+def _print_document(document: Any) -> None:
+    print(json.dumps(document, ensure_ascii=False, indent=2))
+
+
+def _print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
+    """A table with a column for every member that a row has, or a JSON array."""
+    if as_json:
+        _print_document(rows)
+        return
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [names, *([_cell(row.get(name)) for name in names] for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
+    for line in cells if names else []:
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else value if isinstance(value, str) else _line(value)
 
 
 # ---------------------------------------------------------------------- a device's twin
@@ -275,7 +486,7 @@ def _get(options: argparse.Namespace) -> int:
         twin = client.retrieve()
         twin["desired"]["$version"] = client.desired_version
         twin["reported"]["$version"] = client.reported_version
-    print(json.dumps(twin, ensure_ascii=False, indent=2))
+    _print_document(twin)
     return 0
 
 
@@ -321,11 +532,7 @@ def _changes(patch: dict[str, Any], path: str) -> list[str]:
 
 
 def _report(options: argparse.Namespace) -> int:
-    text = sys.stdin.read() if options.patch == "-" else options.patch
-    try:
-        patch = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise LocalError(f"the patch is not JSON: {error}") from None
+    patch = _document(options.patch)
     from .core.patch import check
 
     # Before any connection: what is wrong with it needs no hub to be seen.

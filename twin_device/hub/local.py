@@ -34,12 +34,12 @@ _HANDSHAKE_WITHIN = 20.0
 class LocalHub:
     """A local IoT Hub for development and tests; no production hub.
 
-    mqtts_port, mqtt_port: MQTT over TLS, and in plaintext; 0 for any free port, None for off. Both listen on
-    loopback only. host_names: the names that the hub goes by; connection strings carry the first. owner_key:
-    base64, the key of the hub's policies; made when None. certificates: a folder with ca.pem and server.pem,
-    made there when it is empty; None for a folder that goes away with the hub. settings: answer_qos,
-    error_body, size_code, token_grace, throttle, session_lifetime, connect_within; see mqtt.Settings.
-    ValueError names what is wrong with an argument.
+    mqtts_port, mqtt_port: MQTT over TLS, and in plaintext. https_port, http_port: the back end's REST API. 0
+    is any free port, None is off; all listen on loopback only. host_names: the names that the hub goes by;
+    connection strings carry the first. owner_key: base64, the key of the hub's policies; made when None.
+    certificates: a folder with ca.pem and server.pem, made there when it is empty; None for one that goes
+    away with the hub. settings: answer_qos, error_body, size_code, token_grace, throttle, session_lifetime,
+    connect_within, service_error; see mqtt.Settings. ValueError names what is wrong with an argument.
     """
 
     def __init__(
@@ -47,6 +47,8 @@ class LocalHub:
         mqtts_port: int | None = 0,
         mqtt_port: int | None = None,
         *,
+        https_port: int | None = None,
+        http_port: int | None = None,
         host_names: tuple[str, ...] = ("localhost",),
         owner_key: str | None = None,
         certificates: str | Path | None = None,
@@ -62,6 +64,7 @@ class LocalHub:
         self._faults = Faults()
         self._endpoint = Endpoint(self._registry, self._faults, chosen, self._note_change)
         self._wanted = {"mqtts": mqtts_port, "mqtt": mqtt_port}
+        self._wanted_http = {"https": https_port, "http": http_port}
         self._ports: dict[str, int] = {}
         self._folder = None if certificates is None else Path(certificates)
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
@@ -71,6 +74,7 @@ class LocalHub:
         self._listeners: list[tuple[socket.socket, asyncio.Task[None]]] = []
         self._greeting: set[asyncio.Task[None]] = set()
         self._hanging: list[socket.socket] = []
+        self._runner: Any = None
         # Counts changes, so that a waiter cannot miss the one that comes while it looks.
         self._changes = 0
         self._changed = threading.Condition()
@@ -78,11 +82,11 @@ class LocalHub:
     # ------------------------------------------------------------------ its life
 
     def start(self) -> None:
-        """Listen. OSError: a port is taken. ModuleNotFoundError: trustme is needed and not installed."""
+        """Listen. OSError: a port is taken. ModuleNotFoundError: trustme or aiohttp is needed and missing."""
         if self._thread is not None:
             raise RuntimeError("this hub runs already")
         context = None
-        if self._wanted["mqtts"] is not None:
+        if self._wanted["mqtts"] is not None or self._wanted_http["https"] is not None:
             if self._folder is None:
                 self._temporary = tempfile.TemporaryDirectory(prefix="twin-device-hub-")
             folder = self._folder or Path(self._temporary.name if self._temporary else "")
@@ -92,12 +96,13 @@ class LocalHub:
             except BaseException:
                 self._clean_up()
                 raise
-        self._contexts = {"mqtts": context, "mqtt": None}
+        self._contexts = {"mqtts": context, "mqtt": None, "https": context, "http": None}
         self._loop = asyncio.SelectorEventLoop()  # on Windows too: it can wait for a listener
         self._thread = threading.Thread(target=self._run, name="twin-device-hub", daemon=True)
         self._thread.start()
         try:
             self.listen_again()
+            self._wait(self._serve())
         except BaseException:
             self.close()
             raise
@@ -107,6 +112,7 @@ class LocalHub:
         if self._thread is None or self._loop is None:
             return
         self._wait(self._shut_down())
+        self._wait(self._stop_serving())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_CALL_WITHIN)
         self._thread = self._loop = None
@@ -148,26 +154,54 @@ class LocalHub:
         for name, wanted in self._wanted.items():
             if wanted is None or any(task.get_name() == name for _, task in self._listeners):
                 continue
-            port = self._ports.get(name, wanted)
-            for family, address in _ADDRESSES:
-                try:
-                    listener = socket.socket(family, socket.SOCK_STREAM)
-                except OSError:
-                    continue  # a machine without IPv6
-                try:
-                    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                    listener.bind((address, port))
-                    listener.listen(1024)
-                except OSError as error:
-                    listener.close()
-                    if family == socket.AF_INET:
-                        text = f"cannot listen on port {port} for {name}: {error.strerror}"
-                        raise OSError(error.errno, text) from None
-                    continue  # the same port of IPv6 is a convenience
-                listener.setblocking(False)
-                port = self._ports[name] = listener.getsockname()[1]
+            for listener in self._bind(name, wanted):
                 task = asyncio.get_running_loop().create_task(self._accept(name, listener), name=name)
                 self._listeners.append((listener, task))
+
+    async def _serve(self) -> None:
+        """The REST API, which stays up also while the hub is away for its devices."""
+        if not any(wanted is not None for wanted in self._wanted_http.values()):
+            return
+        from aiohttp import web  # only here: a hub for devices alone does not need it
+
+        from .service import Service
+
+        self._runner = web.AppRunner(
+            Service(self._endpoint).application(), access_log=None, shutdown_timeout=1.0
+        )
+        await self._runner.setup()
+        for name, wanted in self._wanted_http.items():
+            if wanted is not None:
+                for listener in self._bind(name, wanted):
+                    await web.SockSite(self._runner, listener, ssl_context=self._contexts[name]).start()
+
+    async def _stop_serving(self) -> None:
+        if self._runner is not None:
+            await self._runner.cleanup()
+            self._runner = None
+
+    def _bind(self, name: str, wanted: int) -> list[socket.socket]:
+        port = self._ports.get(name, wanted)
+        listeners = []
+        for family, address in _ADDRESSES:
+            try:
+                listener = socket.socket(family, socket.SOCK_STREAM)
+            except OSError:
+                continue  # a machine without IPv6
+            try:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind((address, port))
+                listener.listen(1024)
+            except OSError as error:
+                listener.close()
+                if family == socket.AF_INET:
+                    text = f"cannot listen on port {port} for {name}: {error.strerror}"
+                    raise OSError(error.errno, text) from None
+                continue  # the same port of IPv6 is a convenience
+            listener.setblocking(False)
+            port = self._ports[name] = listener.getsockname()[1]
+            listeners.append(listener)
+        return listeners
 
     async def _accept(self, name: str, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -257,6 +291,16 @@ class LocalHub:
         return self._ports.get("mqtt")
 
     @property
+    def https_port(self) -> int | None:
+        """The port of the REST API over TLS; None if it is off."""
+        return self._ports.get("https")
+
+    @property
+    def http_port(self) -> int | None:
+        """The port of the REST API in plaintext; None if it is off."""
+        return self._ports.get("http")
+
+    @property
     def ca_file(self) -> str:
         """The path of the CA's certificate in PEM form, for clients to trust."""
         if self._ca_file is None:
@@ -267,9 +311,10 @@ class LocalHub:
 
     @property
     def service_connection_string(self) -> str:
-        """What a back end connects with, as policy iothubowner."""
-        name = self._registry.host_names[0]
-        return f"HostName={name};SharedAccessKeyName=iothubowner;SharedAccessKey={self._registry.policy_key}"
+        """What a back end connects with, as policy iothubowner. It carries the port of HTTPS, else HTTP."""
+        port = self.https_port or self.http_port
+        host = self._registry.host_names[0] + ("" if port in (None, 443) else f":{port}")
+        return f"HostName={host};SharedAccessKeyName=iothubowner;SharedAccessKey={self._registry.policy_key}"
 
     # ------------------------------------------------------------------ devices
 
@@ -409,21 +454,7 @@ class Device:
     def twin(self) -> Document:
         """The whole twin document as the back end sees it, in a copy."""
 
-        def view() -> Document:
-            identity = self._hub._registry.identities[self.id]
-            head: Document = {"deviceId": identity.device_id}
-            if identity.module_id is not None:
-                head["moduleId"] = identity.module_id
-            return {
-                **head,
-                "status": "enabled" if identity.enabled else "disabled",
-                "connectionState": "Connected" if self.id in self._endpoint.connections else "Disconnected",
-                "authenticationType": "sas",
-                "modelId": identity.model_id,
-                **self._endpoint.twins[self.id].service_view(),
-            }
-
-        return self._hub._call(view)
+        return self._hub._call(lambda: self._endpoint.twin_view(self._hub._registry.identities[self.id]))
 
     @property
     def desired(self) -> Document:
@@ -562,9 +593,7 @@ class Device:
 
         def disable() -> None:
             self._hub._registry.identities[self.id].enabled = False
-            for name in list(self._endpoint.connections):
-                if name == self.id or name.startswith(self.id + "/"):
-                    self._endpoint.drop(name)
+            self._endpoint.drop_with_modules(self.id)
             self._endpoint.changed()
 
         self._hub._call(disable)

@@ -98,7 +98,8 @@ class Settings:
     is too large (403100, 400004 or 413001). token_grace: seconds that a connection outlives its token.
     throttle: twin retrieves and reports a second, for the whole hub, as (100, 50); None for no limit.
     session_lifetime: seconds that the subscriptions of an offline device are kept; None for all the time.
-    connect_within: seconds until a silent connection is ended.
+    connect_within: seconds until a silent connection is ended. service_error: the shape of the REST API's
+    error bodies: "code" ("ErrorCode:..."), "object", or "text" (the object as text).
     """
 
     answer_qos: str = "always-0"
@@ -108,10 +109,13 @@ class Settings:
     throttle: tuple[float, float] | None = None
     session_lifetime: float | None = None
     connect_within: float = _CONNECT_WITHIN
+    service_error: str = "code"
 
     def __post_init__(self) -> None:
         if self.answer_qos not in ("always-0", "granted"):
             raise ValueError(f"answer_qos is 'always-0' or 'granted', not {self.answer_qos!r}")
+        if self.service_error not in ("code", "object", "text"):
+            raise ValueError(f"service_error is 'code', 'object' or 'text', not {self.service_error!r}")
         if self.error_body not in ("json", "empty"):
             raise ValueError(f"error_body is 'json' or 'empty', not {self.error_body!r}")
         if self.size_code not in (403100, 400004, 413001):
@@ -208,6 +212,33 @@ class Endpoint:
         connection = self.connections.get(identity_id)
         if connection is not None:
             connection.abort()
+
+    def drop_with_modules(self, device_id: str) -> None:
+        """End the device's connection and those of its modules."""
+        for name in list(self.connections):
+            if name == device_id or name.startswith(device_id + "/"):
+                self.drop(name)
+
+    def twin_view(self, identity: Identity) -> twins.Document:
+        """The whole twin document as the back end sees it, in a copy."""
+        head: twins.Document = {"deviceId": identity.device_id}
+        if identity.module_id is not None:
+            head["moduleId"] = identity.module_id
+        primary, secondary = identity.thumbprints
+        return {
+            **head,
+            "deviceEtag": identity.etag,
+            "status": "enabled" if identity.enabled else "disabled",
+            "statusUpdateTime": "0001-01-01T00:00:00Z",
+            "connectionState": "Connected" if identity.id in self.connections else "Disconnected",
+            "lastActivityTime": "0001-01-01T00:00:00Z",
+            "cloudToDeviceMessageCount": len(self.messages[identity.id]),
+            "authenticationType": identity.authentication,
+            "x509Thumbprint": {"primaryThumbprint": primary, "secondaryThumbprint": secondary},
+            "modelId": identity.model_id,
+            **self.twins[identity.id].service_view(),
+            "capabilities": {"iotEdge": False},
+        }
 
     def drop_all(self) -> None:
         for connection in list(self.open):

@@ -52,11 +52,40 @@ class Identity:
     secondary_key: str = field(repr=False)
     enabled: bool = True
     model_id: str = ""
+    status_reason: str | None = None
+    # "sas", or how else it says who it is: "selfSigned", "certificateAuthority", "none".
+    authentication: str = "sas"
+    thumbprints: tuple[str | None, str | None] = (None, None)
+    # Tells an identity from one of the same name that was deleted before.
+    generation: str = field(default_factory=lambda: str(secrets.randbelow(10**18)))
+    changes: int = field(default_factory=lambda: secrets.randbelow(10**9))
 
     @property
     def id(self) -> str:
         """ "device" or "device/module": also the client identifier of MQTT."""
         return self.device_id if self.module_id is None else f"{self.device_id}/{self.module_id}"
+
+    @property
+    def etag(self) -> str:
+        """Base64 of a decimal number that every change makes another."""
+        return base64.b64encode(str(self.changes).encode()).decode()
+
+    def change(
+        self,
+        *,
+        enabled: bool,
+        status_reason: str | None,
+        authentication: str,
+        primary_key: str | None,
+        secondary_key: str | None,
+        thumbprints: tuple[str | None, str | None],
+    ) -> None:
+        """Take over what the back end wrote; a key that is None stays as it was."""
+        self.enabled, self.status_reason = enabled, status_reason
+        self.authentication, self.thumbprints = authentication, thumbprints
+        self.primary_key = primary_key or self.primary_key
+        self.secondary_key = secondary_key or self.secondary_key
+        self.changes += 1
 
     @property
     def resource(self) -> str:
@@ -121,45 +150,58 @@ class Registry:
         device = self.identities.get(identity.device_id, identity)
         if not identity.enabled or not device.enabled:
             raise Refused("the identity is disabled")
+        if identity.authentication != "sas":
+            raise Refused("the identity connects with a certificate, which this hub cannot check")
         expiry = self._check_token(identity, password, now)
         if "model-id" in parameters:
             identity.model_id = parameters["model-id"]
         return Claim(identity, expiry, parameters.get("api-version") or None)
 
+    def authorize(self, token: str, path: str, now: float) -> set[str]:
+        """The rights of a back end's token for a request to path; Refused if it is not to be believed."""
+        fields = _parse_token(token)
+        policy = fields.get("skn", "")
+        if policy not in _POLICIES:
+            raise Refused("the token names no policy of this hub (skn)")
+        self._verify(fields, [self.policy_key], path, now)
+        return _POLICIES[policy]
+
     def _check_token(self, identity: Identity, token: str, now: float) -> float:
         fields = _parse_token(token)
+        policy = fields.get("skn")
+        if policy:
+            if "DeviceConnect" not in _POLICIES.get(policy, ()):
+                raise Refused("the token's policy may not connect devices")
+            return self._verify(fields, [self.policy_key], identity.resource, now)
+        return self._verify(fields, [identity.primary_key, identity.secondary_key], identity.resource, now)
+
+    def _verify(self, fields: dict[str, str], keys: list[str], path: str, now: float) -> float:
+        """The expiry of a token for path that is signed with one of keys."""
         resource, signature, expiry_text = fields["sr"], fields["sig"], fields["se"]
         if not (expiry_text.isascii() and expiry_text.isdigit() and len(expiry_text) < 16):
             raise Refused("the token's expiry is no number")
         # The signature covers the resource as it stands in the token, still encoded.
         signed = f"{resource}\n{expiry_text}".encode()
-        policy = fields.get("skn")
-        if policy:
-            if "DeviceConnect" not in _POLICIES.get(policy, ()):
-                raise Refused("the token's policy may not connect devices")
-            keys = [self.policy_key]
-        else:
-            keys = [identity.primary_key, identity.secondary_key]
         wanted = [
             base64.b64encode(hmac.digest(base64.b64decode(key), signed, hashlib.sha256)) for key in keys
         ]
         given = unquote(signature).encode()
         if not any([hmac.compare_digest(given, one) for one in wanted]):  # noqa: C419  # every key, every time
             raise Refused("the token's signature is wrong")
-        if not self._covers(resource, identity):
+        if not self._covers(resource, path):
             raise Refused("the token is for another resource")
         if int(expiry_text) <= now:
             raise Refused("the token has expired")
         return float(expiry_text)
 
-    def _covers(self, resource: str, identity: Identity) -> bool:
+    def _covers(self, resource: str, path: str) -> bool:
         # Ids with special characters are encoded once by some clients and twice by others.
         for decoded in (unquote(resource), unquote(unquote(resource))):
-            host, slash, path = decoded.partition("/")
+            host, slash, rest = decoded.partition("/")
             host = host.partition(":")[0].lower()
             if host in self.host_names:
-                given = (slash + path).rstrip("/")
-                if identity.resource == given or f"{identity.resource}/".startswith(f"{given}/"):
+                given = (slash + rest).rstrip("/")
+                if path == given or f"{path}/".startswith(f"{given}/"):
                     return True
         return False
 
@@ -184,5 +226,5 @@ def _parse_token(token: str) -> dict[str, str]:
     prefix, space, rest = token.partition(" ")
     fields = dict(pair.partition("=")[::2] for pair in rest.split("&"))
     if prefix != "SharedAccessSignature" or not space or not {"sr", "sig", "se"} <= fields.keys():
-        raise Refused("the password is no shared access signature")
+        raise Refused("there is no shared access signature")
     return fields

@@ -1,0 +1,419 @@
+"""The back end's REST API: identities, twins, queries.
+
+Sources: IoT Hub REST reference (api-version 2021-04-12) and "Understand the identity registry". A failure
+has a status, a header `iothub-errorcode`, and a body in one of the three shapes that the service is seen to
+send; Settings.service_error chooses.
+"""
+
+import base64
+import binascii
+import copy
+import hashlib
+import json
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from datetime import datetime, timezone
+from typing import Any
+
+from aiohttp import web
+
+from . import query, twins
+from .mqtt import Endpoint
+from .registry import Identity, Refused, check_key
+
+_log = logging.getLogger("twin_device.hub")
+Document = dict[str, Any]
+
+_MAX_BODY = 1024 * 1024
+_MAX_LIST = 1000
+_PAGE = 100
+_STATUSES = ("enabled", "disabled")
+_AUTHENTICATION = ("sas", "selfSigned", "certificateAuthority", "none")
+_NAMES = {
+    400003: "InvalidOperation",
+    400004: "ArgumentInvalid",
+    400006: "IotHubFormatError",
+    401002: "IotHubUnauthorizedAccess",
+    403100: "DeviceModelMaxPropertiesExceeded",
+    404001: "DeviceNotFound",
+    404010: "ModuleNotFound",
+    405000: "MethodNotAllowed",
+    409001: "DeviceAlreadyExists",
+    409301: "ModuleAlreadyExistsOnDevice",
+    412001: "PreconditionFailed",
+    413001: "MessageTooLarge",
+    500001: "ServerError",
+}
+
+
+class _Problem(Exception):
+    """A request that is refused. code: IoT Hub's; its first three digits are the status."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Service:
+    """The REST API over one hub's devices. Everything here runs in the hub's event loop."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self._registry = endpoint.registry
+
+    def application(self) -> web.Application:
+        """What an aiohttp server serves."""
+        application = web.Application(middlewares=[self._answer], client_max_size=_MAX_BODY)
+        for method, path, right, handler in (
+            ("GET", "/devices", "RegistryRead", self._list_devices),
+            ("GET", "/devices/", "RegistryRead", self._list_devices),
+            ("POST", "/devices/query", "ServiceConnect", self._query),
+            ("GET", "/devices/{device}", "RegistryRead", self._get_identity),
+            ("PUT", "/devices/{device}", "RegistryWrite", self._put_identity),
+            ("DELETE", "/devices/{device}", "RegistryWrite", self._delete_identity),
+            ("GET", "/devices/{device}/modules", "RegistryRead", self._list_modules),
+            ("GET", "/devices/{device}/modules/{module}", "RegistryRead", self._get_identity),
+            ("PUT", "/devices/{device}/modules/{module}", "RegistryWrite", self._put_identity),
+            ("DELETE", "/devices/{device}/modules/{module}", "RegistryWrite", self._delete_identity),
+            ("GET", "/twins/{device}", "ServiceConnect", self._get_twin),
+            ("PATCH", "/twins/{device}", "ServiceConnect", self._write_twin),
+            ("PUT", "/twins/{device}", "ServiceConnect", self._write_twin),
+            ("GET", "/twins/{device}/modules/{module}", "ServiceConnect", self._get_twin),
+            ("PATCH", "/twins/{device}/modules/{module}", "ServiceConnect", self._write_twin),
+            ("PUT", "/twins/{device}/modules/{module}", "ServiceConnect", self._write_twin),
+            ("GET", "/statistics/devices", "RegistryRead", self._device_statistics),
+            ("GET", "/statistics/service", "ServiceConnect", self._service_statistics),
+        ):
+            application.router.add_route(method, path, self._guarded(right, handler))
+        return application
+
+    # ------------------------------------------------------------------ every request
+
+    def _guarded(self, right: str, handler: _Handler) -> _Handler:
+        async def guarded(request: web.Request) -> web.StreamResponse:
+            try:
+                rights = self._registry.authorize(
+                    request.headers.get("Authorization", ""), request.path, time.time()
+                )
+            except Refused as error:
+                raise _Problem(401002, f"Unauthorized: {error}") from None
+            if right not in rights:
+                raise _Problem(401002, f"Unauthorized: the policy does not grant {right}")
+            return await handler(request)
+
+        return guarded
+
+    @web.middleware
+    async def _answer(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except _Problem as error:
+            return self._problem(error.code, error.message)
+        except twins.Invalid as error:
+            return self._problem(error.code, error.message)
+        except query.QueryError as error:
+            return self._problem(400004, str(error))
+        except web.HTTPRequestEntityTooLarge:
+            return self._problem(413001, f"A request has at most {_MAX_BODY} bytes.")
+        except web.HTTPNotFound:
+            return self._problem(404001, f"There is no {request.path}.", name="ResourceNotFound")
+        except web.HTTPMethodNotAllowed:
+            return self._problem(405000, f"{request.method} is not for {request.path}.")
+        except web.HTTPException:
+            raise
+        except Exception:  # noqa: BLE001  # no request may take the hub down
+            _log.exception("an error of the hub in %s %s", request.method, request.path)
+            return self._problem(500001, "An error of the local hub; its log tells more.")
+
+    def _problem(self, code: int, message: str, name: str | None = None) -> web.Response:
+        name = name or _NAMES.get(code, "GenericBadRequest")
+        now = datetime.now(timezone.utc)
+        tracking = f"{uuid.uuid4().hex}-G:0-TimeStamp:{now:%m/%d/%Y %H:%M:%S}"
+        exception = f"Tracking ID:{tracking}"
+        details = {
+            "errorCode": code,
+            "trackingId": tracking,
+            "message": message,
+            "timestampUtc": now.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+        }
+        shape = self._endpoint.settings.service_error
+        text: Any = f"ErrorCode:{name};{message}"
+        if shape == "object":
+            text = details
+        elif shape == "text":
+            text = json.dumps(details)
+        return web.json_response(
+            {"Message": text, "ExceptionMessage": exception},
+            status=code // 1000,
+            headers={"iothub-errorcode": name},
+        )
+
+    async def _body(self, request: web.Request) -> Document:
+        payload = await request.read()
+        return twins.decode(payload or b"{}")
+
+    def _identity(self, request: web.Request) -> Identity:
+        name = _name(request)
+        identity = self._registry.identities.get(name)
+        if identity is None:
+            device = request.match_info["device"]
+            if "module" in request.match_info and device in self._registry.identities:
+                raise _Problem(404010, f"Module {name} not registered")
+            raise _Problem(404001, f"Device {device} not registered")
+        return identity
+
+    # ------------------------------------------------------------------ identities
+
+    def _identity_view(self, identity: Identity) -> Document:
+        connected = identity.id in self._endpoint.connections
+        view: Document = {"deviceId": identity.device_id}
+        if identity.module_id is not None:
+            view["moduleId"] = identity.module_id
+            view["managedBy"] = ""
+        else:
+            view["status"] = "enabled" if identity.enabled else "disabled"
+            view["statusReason"] = identity.status_reason
+            view["statusUpdatedTime"] = "0001-01-01T00:00:00"
+            view["capabilities"] = {"iotEdge": False}
+        primary, secondary = identity.thumbprints
+        sas = identity.authentication == "sas"
+        return {
+            **view,
+            "generationId": identity.generation,
+            "etag": identity.etag,
+            "connectionState": "Connected" if connected else "Disconnected",
+            "connectionStateUpdatedTime": "0001-01-01T00:00:00",
+            "lastActivityTime": "0001-01-01T00:00:00",
+            "cloudToDeviceMessageCount": len(self._endpoint.messages[identity.id]),
+            "authentication": {
+                "type": identity.authentication,
+                "symmetricKey": {
+                    "primaryKey": identity.primary_key if sas else None,
+                    "secondaryKey": identity.secondary_key if sas else None,
+                },
+                "x509Thumbprint": {"primaryThumbprint": primary, "secondaryThumbprint": secondary},
+            },
+        }
+
+    def _identity_response(self, identity: Identity, status: int = 200) -> web.Response:
+        headers = {"ETag": f'"{identity.etag}"'}
+        return web.json_response(self._identity_view(identity), status=status, headers=headers)
+
+    async def _list_devices(self, request: web.Request) -> web.Response:
+        top = request.query.get("top", str(_MAX_LIST))
+        if not (top.isascii() and top.isdigit() and 1 <= int(top) <= _MAX_LIST):
+            raise _Problem(400004, f"top is a number from 1 to {_MAX_LIST}.")
+        found = [one for one in self._registry.identities.values() if one.module_id is None]
+        return web.json_response([self._identity_view(one) for one in found[: int(top)]])
+
+    async def _list_modules(self, request: web.Request) -> web.Response:
+        device = self._identity(request)
+        found = [
+            one
+            for one in self._registry.identities.values()
+            if one.device_id == device.device_id and one.module_id is not None
+        ]
+        return web.json_response([self._identity_view(one) for one in found])
+
+    async def _get_identity(self, request: web.Request) -> web.Response:
+        return self._identity_response(self._identity(request))
+
+    async def _put_identity(self, request: web.Request) -> web.Response:
+        body = await self._body(request)
+        name = _name(request)
+        for member in ("deviceId", "moduleId"):
+            wanted = request.match_info.get(member[:-2])
+            if body.get(member) is not None and body[member] != wanted:
+                raise _Problem(400004, f"{member} in the body is not the one in the path.")
+        condition = request.headers.get("If-Match")
+        existing = self._registry.identities.get(name)
+        # All that can be refused is looked at before anything is changed.
+        settings = _identity_settings(body)
+        if condition is None:
+            if existing is not None:
+                what, code = ("module", 409301) if existing.module_id else ("device", 409001)
+                raise _Problem(code, f"A {what} with ID '{name}' is already registered.")
+            if (
+                "module" in request.match_info
+                and request.match_info["device"] not in self._registry.identities
+            ):
+                raise _Problem(404001, f"Device {request.match_info['device']} not registered")
+            try:
+                identity = self._registry.create(name)
+            except ValueError as error:
+                raise _Problem(400004, str(error)) from None
+            self._endpoint.create(identity)
+        else:
+            identity = self._identity(request)
+            _check_condition(condition, identity.etag)
+        was_enabled = identity.enabled
+        identity.change(**settings)
+        if was_enabled and not identity.enabled:
+            self._endpoint.drop_with_modules(identity.id)
+        self._endpoint.changed()
+        created_module = condition is None and identity.module_id is not None
+        return self._identity_response(identity, 201 if created_module else 200)
+
+    async def _delete_identity(self, request: web.Request) -> web.Response:
+        identity = self._identity(request)
+        condition = request.headers.get("If-Match")
+        if condition is None:
+            raise _Problem(412001, 'Precondition failed: a delete needs If-Match, "*" or the ETag.')
+        _check_condition(condition, identity.etag)
+        for name in self._registry.delete(identity.id):
+            self._endpoint.delete(name)
+        return web.Response(status=204)
+
+    # ------------------------------------------------------------------ twins
+
+    def _twin_response(self, identity: Identity) -> web.Response:
+        view = self._endpoint.twin_view(identity)
+        return web.json_response(view, headers={"ETag": f'"{view["etag"]}"'})
+
+    async def _get_twin(self, request: web.Request) -> web.Response:
+        return self._twin_response(self._identity(request))
+
+    async def _write_twin(self, request: web.Request) -> web.Response:
+        body = await self._body(request)
+        identity = self._identity(request)
+        before = self._endpoint.twins[identity.id]
+        condition = request.headers.get("If-Match")
+        # Clients that leave the quotes out get no condition at all, as with the real service.
+        if condition is not None and condition != "*" and condition.startswith('"'):
+            _check_condition(condition, before.etag)
+        properties = body.get("properties") or {}
+        if not isinstance(properties, dict):
+            raise _Problem(400004, "properties is no object.")
+        twin = copy.deepcopy(before)
+        if request.method == "PUT":
+            tags, desired = body.get("tags") or {}, properties.get("desired") or {}
+            twins.check(tags, nulls=False)
+            twin.tags = {}
+            twin.patch_tags(tags)
+            notification = twin.replace_desired(desired) if desired or before.desired else None
+        else:
+            notification = None
+            if "tags" in body:
+                twin.patch_tags(_emptying(before.tags) if body["tags"] is None else body["tags"])
+            if "desired" in properties:
+                desired = properties["desired"]
+                notification = twin.patch_desired(_emptying(before.desired) if desired is None else desired)
+        # One request is one step of the etag, whatever it wrote.
+        twin.etag_counter = before.etag_counter + 1
+        self._endpoint.twins[identity.id] = twin
+        self._endpoint.notify(identity.id, notification)
+        return self._twin_response(identity)
+
+    # ------------------------------------------------------------------ queries and statistics
+
+    async def _query(self, request: web.Request) -> web.Response:
+        body = await self._body(request)
+        text = body.get("query")
+        if not isinstance(text, str):
+            raise _Problem(400004, "The body has no query.")
+        parsed = query.parse(text)
+        if parsed.collection == "devices.jobs":
+            documents: list[Document] = []
+        else:
+            modules = parsed.collection == "devices.modules"
+            documents = [
+                self._endpoint.twin_view(identity)
+                for identity in self._registry.identities.values()
+                if (identity.module_id is not None) is modules
+            ]
+        rows = query.run(parsed, documents)
+        start = _continued(request.headers.get("x-ms-continuation"), text)
+        size = request.headers.get("x-ms-max-item-count", str(_PAGE))
+        if not (size.isascii() and size.isdigit() and int(size) > 0):
+            raise _Problem(400004, "x-ms-max-item-count is a number from 1 up.")
+        end = start + min(int(size), _PAGE)
+        headers = {"x-ms-item-type": "raw" if parsed.is_raw else "twin"}
+        if end < len(rows):
+            headers["x-ms-continuation"] = _continuation(text, end)
+        return web.json_response(rows[start:end], headers=headers)
+
+    async def _device_statistics(self, _request: web.Request) -> web.Response:
+        devices = [one for one in self._registry.identities.values() if one.module_id is None]
+        enabled = sum(one.enabled for one in devices)
+        return web.json_response(
+            {
+                "totalDeviceCount": len(devices),
+                "enabledDeviceCount": enabled,
+                "disabledDeviceCount": len(devices) - enabled,
+            }
+        )
+
+    async def _service_statistics(self, _request: web.Request) -> web.Response:
+        return web.json_response({"connectedDeviceCount": len(self._endpoint.connections)})
+
+
+def _name(request: web.Request) -> str:
+    module = request.match_info.get("module")
+    return request.match_info["device"] + ("" if module is None else f"/{module}")
+
+
+def _check_condition(condition: str, etag: str) -> None:
+    if condition.strip().strip('"') not in ("*", etag):
+        raise _Problem(
+            412001, "Precondition failed: Invalid ETag, the identity or twin was changed meanwhile."
+        )
+
+
+def _emptying(section: Document) -> Document:
+    return dict.fromkeys(section)
+
+
+def _identity_settings(body: Document) -> Document:
+    """What a PUT says of an identity: the arguments of Identity.change."""
+    status = body.get("status") or "enabled"
+    if status not in _STATUSES:
+        raise _Problem(400004, f"status is enabled or disabled, not {status!r}.")
+    reason = body.get("statusReason")
+    authentication = body.get("authentication") or {}
+    if not isinstance(authentication, dict) or not isinstance(reason, str | None):
+        raise _Problem(400004, "authentication is no object, or statusReason no string.")
+    kind = authentication.get("type") or "sas"
+    if kind not in _AUTHENTICATION:
+        raise _Problem(400004, f"authentication.type is one of {', '.join(_AUTHENTICATION)}.")
+    keys, thumbprints = authentication.get("symmetricKey") or {}, authentication.get("x509Thumbprint") or {}
+    if not isinstance(keys, dict) or not isinstance(thumbprints, dict):
+        raise _Problem(400004, "symmetricKey or x509Thumbprint is no object.")
+    try:
+        primary, secondary = (
+            check_key(keys[name]) if keys.get(name) else None for name in ("primaryKey", "secondaryKey")
+        )
+    except (ValueError, TypeError):
+        raise _Problem(400004, "A key in symmetricKey is not base64.") from None
+    return {
+        "enabled": status == "enabled",
+        "status_reason": reason,
+        "authentication": kind,
+        "primary_key": primary,
+        "secondary_key": secondary,
+        "thumbprints": (thumbprints.get("primaryThumbprint"), thumbprints.get("secondaryThumbprint")),
+    }
+
+
+def _continuation(text: str, offset: int) -> str:
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return base64.urlsafe_b64encode(f"{digest}:{offset}".encode()).decode()
+
+
+def _continued(token: str | None, text: str) -> int:
+    """Where the next page begins. A token that is of another query, or none of ours, is refused."""
+    if not token:
+        return 0
+    try:
+        _, _, offset = base64.b64decode(token, b"-_", validate=True).decode().partition(":")
+        start = int(offset)
+    except (binascii.Error, ValueError):
+        start = -1
+    if start < 0 or _continuation(text, start) != token:
+        raise _Problem(400004, "x-ms-continuation is not of this query.")
+    return start
