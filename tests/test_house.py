@@ -128,17 +128,11 @@ def test_the_hub_imports_nothing_of_the_rest(path):
             assert name == "twin_device.hub" or name.startswith("twin_device.hub."), name
 
 
-@each(under(BOARD))
-def test_the_boards_shell_imports_no_cpython(path):
-    for name in imports(path):
-        assert name.partition(".")[0] not in (
-            "typing",
-            "paho",
-            "threading",
-            "dataclasses",
-            "logging",
-            "enum",
-        ), name
+def test_the_boards_shell_imports_no_cpython():
+    # A loop, not a table: as long as there is no such file there is no row either.
+    absent = {"typing", "paho", "threading", "dataclasses", "logging", "enum"}
+    for path in under(BOARD):
+        assert absent.isdisjoint(name.partition(".")[0] for name in imports(path)), path
 
 
 @each(under(ROOT / "examples"))
