@@ -471,6 +471,7 @@ SETTINGS: list[tuple[dict[str, Any], Any, str, int | None]] = [
     ({"size_code": 400004}, of_size(32769), "400", 400004),
     ({"size_code": 413001}, of_size(32769), "413", 413001),
     ({}, of_size(32769), "403", 403100),
+    ({}, b'{"a#b": 1}', "400", 400004),
 ]
 
 
@@ -484,6 +485,14 @@ def test_what_sources_do_not_agree_on(
             answer = report(wire, document)
     assert answer.topic == f"$iothub/twin/res/{status}/?$rid=r"
     assert (answer.payload == b"") if code is None else (json.loads(answer.payload)["errorCode"] == code)
+
+
+def test_a_hash_in_a_key_is_taken_where_the_hub_is_set_to() -> None:
+    with LocalHub(mqtts_port=None, mqtt_port=0, hash_in_keys=True) as hub:
+        device = hub.create_device("dev", KEY)
+        with online(hub.mqtt_port) as wire:
+            report(wire, b'{"a#b": 1}')
+        assert device.reported == {"a#b": 1}
 
 
 # ---------------------------------------------------------------------- desired

@@ -95,16 +95,18 @@ class Settings:
     """What sources do not agree on, or a test wants otherwise.
 
     answer_qos: "always-0" or "granted". error_body: "json" or "empty". size_code: errorCode of a section that
-    is too large (403100, 400004 or 413001). token_grace: seconds that a connection outlives its token.
-    throttle: twin retrieves and reports a second, for the whole hub, as (100, 50); None for no limit.
-    session_lifetime: seconds that the subscriptions of an offline device are kept; None for all the time.
-    connect_within: seconds until a silent connection is ended. service_error: the shape of the REST API's
-    error bodies: "code" ("ErrorCode:..."), "object", or "text" (the object as text).
+    is too large (403100, 400004 or 413001). hash_in_keys: True to take "#" in keys of reported properties.
+    token_grace: seconds that a connection outlives its token. throttle: twin retrieves and reports a second,
+    for the whole hub, as (100, 50); None for no limit. session_lifetime: seconds that the subscriptions of an
+    offline device are kept; None for all the time. connect_within: seconds until a silent connection is
+    ended. service_error: the shape of the REST API's error bodies: "code" ("ErrorCode:..."), "object", or
+    "text" (the object as text).
     """
 
     answer_qos: str = "always-0"
     error_body: str = "json"
     size_code: int = 403100
+    hash_in_keys: bool = False
     token_grace: float = 0.0
     throttle: tuple[float, float] | None = None
     session_lifetime: float | None = None
@@ -801,7 +803,8 @@ class Connection(asyncio.Protocol):
         try:
             if self._claim is not None and self._claim.api_version is None:
                 raise twins.Invalid(400004, "The user name has no api-version.")
-            twin.patch_reported(payload, version, endpoint.settings.size_code)
+            settings = endpoint.settings
+            twin.patch_reported(payload, version, settings.size_code, settings.hash_in_keys)
         except twins.Invalid as error:
             return error.status, self._error(error.code, error.message), None
         return 204, b"", twin.reported_version

@@ -86,13 +86,15 @@ class Twin:
             }
         )
 
-    def patch_reported(self, payload: bytes, expected: int | None, size_code: int = 403100) -> None:
+    def patch_reported(
+        self, payload: bytes, expected: int | None, size_code: int = 403100, hash_in_keys: bool = False
+    ) -> None:
         """Merge a device's report; Invalid, and nothing changed, if the hub refuses it.
 
-        expected: the version that the reported properties must have, None for any.
+        expected: the version that the reported properties must have, None for any. hash_in_keys: take "#".
         """
         patch = decode(payload)
-        check(patch, nulls=True)
+        check(patch, nulls=True, hash_in_keys=hash_in_keys)
         if expected is not None and expected != self.reported_version:
             raise Invalid(412001, f"the reported properties have version {self.reported_version}")
         result = merged(self.reported, patch)
@@ -214,8 +216,9 @@ def size(value: Any) -> int:
     return 0 if value is None else 8
 
 
-def check(document: Any, *, nulls: bool) -> None:
+def check(document: Any, *, nulls: bool, hash_in_keys: bool = False) -> None:
     """Raise Invalid at the first key or value that the hub does not store. nulls: they remove (a patch)."""
+    signs = " .$" if hash_in_keys else " .$#"
     if not isinstance(document, dict):
         raise Invalid(400004, "Provided json is not a valid 'tags' or 'properties' object.")
     stack: list[tuple[Any, str, int, bool]] = [(document, "", 0, nulls)]
@@ -226,7 +229,7 @@ def check(document: Any, *, nulls: bool) -> None:
                 raise Invalid(400004, f"Properties nest deeper than {_MAX_DEPTH} levels. Error in {path}")
             if isinstance(value, dict):
                 for key, member in value.items():
-                    _check_key(key, path)
+                    _check_key(key, path, signs)
                     stack.append((member, f"{path}.{key}" if path else key, depth + 1, null))
             else:
                 stack += [(member, path, depth + 1, False) for member in value]
@@ -256,13 +259,13 @@ def _check_size(document: Document, name: str, most: int, code: int = 403100) ->
         raise Invalid(code, f"'{name}' size should be less than {most} bytes.")
 
 
-def _check_key(key: Any, path: str) -> None:
+def _check_key(key: Any, path: str, signs: str) -> None:
     where = f"under {path}" if path else "at the root"
     if not isinstance(key, str):
         raise Invalid(400004, f"A key {where} is no string.")
     if len(_utf8(key, path)) > _MAX_KEY:
         raise Invalid(400004, f"A key {where} is longer than {_MAX_KEY} bytes.")
-    if any(c in " .$#" or ord(c) < 32 or 127 <= ord(c) < 160 for c in key):
+    if any(c in signs or ord(c) < 32 or 127 <= ord(c) < 160 for c in key):
         raise Invalid(400004, f"The key {key[:64]!r} {where} has a character that keys may not have.")
 
 
