@@ -320,3 +320,12 @@ def test_a_changed_token_is_refused_on_the_wire(hub: LocalHub, data: st.DataObje
 def test_nonsense_is_refused(hub: LocalHub, client_id: str, user_name: str, password: str) -> None:
     client_id, user_name = (one.replace("\0", "") for one in (client_id, user_name))
     assert connack(hub, connect(client_id, user_name, password)) == 5
+
+
+def test_a_disabled_device_may_be_told_that_the_server_is_unavailable() -> None:
+    with LocalHub(mqtts_port=None, mqtt_port=0, disabled_code=3) as hub:
+        hub.create_device("dev", KEY).disable()
+        hub.create_device("parent/mod", KEY)
+        hub.device("parent").disable()
+        for name, code in (("dev", 3), ("parent/mod", 3), ("nobody", 5)):
+            assert connack(hub, connect(name, user(name), token(name))) == code

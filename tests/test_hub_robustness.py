@@ -370,7 +370,9 @@ def temporary_folders() -> set[str]:
 
 
 @pytest.fixture
-def nothing_left() -> Iterator[None]:
+def nothing_left(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    # Other hubs on this machine come and go in the common one.
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))
     gc.collect()
     before = threading.active_count(), temporary_folders()
     sockets = open_sockets() if os.path.isdir("/proc/self/fd") else None

@@ -533,6 +533,18 @@ def test_telemetry_is_taken_apart(hub: LocalHub, device: Device) -> None:
     assert hub.device("other").telemetry == hub.device("dev/mod").telemetry == ()
 
 
+@pytest.mark.parametrize(
+    ("hub", "name"),
+    [({}, "mqtt-retain"), ({"retain_property": "x-opt-retain"}, "x-opt-retain")],
+    indirect=["hub"],
+    ids=["as documented", "as documented before"],
+)
+def test_telemetry_with_retain_says_so(hub: LocalHub, device: Device, name: str) -> None:
+    with online(hub.mqtt_port) as wire:
+        wire.send(publish(EVENTS, b"{}", flags=1)).nothing_waits()
+    assert device.telemetry[-1].properties == {name: "true"}
+
+
 def test_the_log_has_every_packet(hub: LocalHub, device: Device) -> None:
     with Wire(hub.mqtt_port) as wire:
         wire.connect()

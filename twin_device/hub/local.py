@@ -38,8 +38,8 @@ class LocalHub:
     is any free port, None is off; all listen on loopback only. host_names: the names that the hub goes by;
     connection strings carry the first. owner_key: base64, the key of the hub's policies; made when None.
     certificates: a folder with ca.pem and server.pem, made there when it is empty; None for one that goes
-    away with the hub. settings: answer_qos, error_body, size_code, hash_in_keys, token_grace, throttle,
-    session_lifetime, connect_within, service_error; see mqtt.Settings. ValueError names what is wrong with an argument.
+    away with the hub. settings: those of mqtt.Settings, by their names: what sources do not agree on, and
+    limits. ValueError names what is wrong with an argument.
     """
 
     def __init__(
@@ -331,7 +331,8 @@ class LocalHub:
         key: base64, made when None. desired, tags: what its twin begins with; desired is version 1 all the
         same. ValueError: it exists, or an argument is bad; nothing is created then.
         """
-        twin = self._valid(lambda: twins.new(desired or {}, tags or {}))
+        rules = self._endpoint.settings.rules
+        twin = self._valid(lambda: twins.new(desired or {}, tags or {}, rules))
 
         def create() -> None:
             self._endpoint.create(self._registry.create(device_id, key), twin)

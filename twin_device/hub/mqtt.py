@@ -20,7 +20,7 @@ from urllib.parse import unquote
 
 from . import twins
 from .faults import Faults
-from .registry import Claim, Identity, Refused, Registry
+from .registry import Claim, Disabled, Identity, Refused, Registry
 
 _log = logging.getLogger("twin_device.hub")
 
@@ -95,7 +95,11 @@ class Settings:
     """What sources do not agree on, or a test wants otherwise.
 
     answer_qos: "always-0" or "granted". error_body: "json" or "empty". size_code: errorCode of a section that
-    is too large (403100, 400004 or 413001). hash_in_keys: True to take "#" in keys of reported properties.
+    is too large (403100, 400004 or 413001). size_rule: a section's size is that of its keys and "values", or
+    of its "text" as JSON. hash_in_keys: True to take "#" in keys. disabled_code: CONNACK of a disabled device
+    (5 or 3). retrieve_body: "sections", or "properties" around them. retain_property: what telemetry with
+    RETAIN gets ("mqtt-retain" or "x-opt-retain").
+
     token_grace: seconds that a connection outlives its token. throttle: twin retrieves and reports a second,
     for the whole hub, as (100, 50); None for no limit. session_lifetime: seconds that the subscriptions of an
     offline device are kept; None for all the time. connect_within: seconds until a silent connection is
@@ -106,7 +110,11 @@ class Settings:
     answer_qos: str = "always-0"
     error_body: str = "json"
     size_code: int = 403100
+    size_rule: str = "values"
     hash_in_keys: bool = False
+    disabled_code: int = 5
+    retrieve_body: str = "sections"
+    retain_property: str = "mqtt-retain"
     token_grace: float = 0.0
     throttle: tuple[float, float] | None = None
     session_lifetime: float | None = None
@@ -122,6 +130,18 @@ class Settings:
             raise ValueError(f"error_body is 'json' or 'empty', not {self.error_body!r}")
         if self.size_code not in (403100, 400004, 413001):
             raise ValueError(f"size_code is 403100, 400004 or 413001, not {self.size_code!r}")
+        if self.size_rule not in ("values", "text"):
+            raise ValueError(f"size_rule is 'values' or 'text', not {self.size_rule!r}")
+        if not isinstance(self.hash_in_keys, bool):
+            raise ValueError(f"hash_in_keys is True or False, not {self.hash_in_keys!r}")
+        if self.disabled_code not in (5, 3):
+            raise ValueError(f"disabled_code is 5 or 3, not {self.disabled_code!r}")
+        if self.retrieve_body not in ("sections", "properties"):
+            raise ValueError(f"retrieve_body is 'sections' or 'properties', not {self.retrieve_body!r}")
+        if self.retain_property not in ("mqtt-retain", "x-opt-retain"):
+            raise ValueError(
+                f"retain_property is 'mqtt-retain' or 'x-opt-retain', not {self.retain_property!r}"
+            )
         numbers = [("token_grace", self.token_grace), ("connect_within", self.connect_within)]
         if self.throttle is not None:
             if not isinstance(self.throttle, (tuple, list)) or len(self.throttle) != 2:
@@ -132,6 +152,10 @@ class Settings:
         for name, value in numbers:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
                 raise ValueError(f"{name} is a number from 0 up, not {value!r}")
+
+    @property
+    def rules(self) -> twins.Rules:
+        return twins.Rules(self.hash_in_keys, self.size_rule, self.size_code)
 
 
 @dataclass
@@ -186,7 +210,7 @@ class Endpoint:
     # ------------------------------------------------------------------ identities
 
     def create(self, identity: Identity, twin: twins.Twin | None = None) -> None:
-        self.twins[identity.id] = twin or twins.Twin()
+        self.twins[identity.id] = twin or twins.Twin(rules=self.settings.rules)
         self.connects[identity.id] = 0
         self.packets[identity.id] = deque(maxlen=_LOGGED_PACKETS)
         self.telemetry[identity.id] = deque(maxlen=_MAX_TELEMETRY)
@@ -203,7 +227,8 @@ class Endpoint:
 
     def restore(self, older: dict[str, twins.Twin]) -> None:
         """Have these twins, new ones for identities that are younger, and end every connection."""
-        self.twins = {name: older.get(name) or twins.Twin() for name in self.twins}
+        rules = self.settings.rules
+        self.twins = {name: older.get(name) or twins.Twin(rules=rules) for name in self.twins}
         for table in (self._sent_notifications, self._held_notifications, self._held_reports):
             table.clear()
         self.drop_all()
@@ -577,7 +602,7 @@ class Connection(asyncio.Protocol):
                 raise Refused("the will is not for the telemetry topic")
         except (Refused, Violation) as error:
             _log.info("CONNECT refused: %s", error)
-            code = 5
+            code = self._endpoint.settings.disabled_code if isinstance(error, Disabled) else 5
         else:
             code = 0
         if refusal:
@@ -702,7 +727,7 @@ class Connection(asyncio.Protocol):
         else:
             extra = {}
             if flags & 1:
-                extra["mqtt-retain"] = "true"
+                extra[self._endpoint.settings.retain_property] = "true"
             if flags & 8:
                 extra["mqtt-dup"] = "true"
             self._telemetry(topic, payload, extra)
@@ -799,12 +824,12 @@ class Connection(asyncio.Protocol):
             return 429, self._error(429001, "Throttled."), None
         twin = endpoint.twins[self._id]
         if operation == "retrieve":
-            return 200, twin.device_view(), None
+            wrapped = endpoint.settings.retrieve_body == "properties"
+            return 200, b'{"properties":%b}' % twin.device_view() if wrapped else twin.device_view(), None
         try:
             if self._claim is not None and self._claim.api_version is None:
                 raise twins.Invalid(400004, "The user name has no api-version.")
-            settings = endpoint.settings
-            twin.patch_reported(payload, version, settings.size_code, settings.hash_in_keys)
+            twin.patch_reported(payload, version)
         except twins.Invalid as error:
             return error.status, self._error(error.code, error.message), None
         return 204, b"", twin.reported_version

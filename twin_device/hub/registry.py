@@ -27,6 +27,10 @@ class Refused(Exception):
     """CONNECT is refused. The reason is for the hub's own log; the device is told only "not authorized"."""
 
 
+class Disabled(Refused):
+    """CONNECT is refused, since the identity is disabled."""
+
+
 def make_key() -> str:
     """A new key as the hub makes them: 32 random bytes in base64."""
     return base64.b64encode(secrets.token_bytes(32)).decode()
@@ -149,7 +153,7 @@ class Registry:
             raise Refused("no such identity")
         device = self.identities.get(identity.device_id, identity)
         if not identity.enabled or not device.enabled:
-            raise Refused("the identity is disabled")
+            raise Disabled("the identity is disabled")
         if identity.authentication != "sas":
             raise Refused("the identity connects with a certificate, which this hub cannot check")
         expiry = self._check_token(identity, password, now)

@@ -293,7 +293,7 @@ class Service:
         twin = copy.deepcopy(before)
         if request.method == "PUT":
             tags, desired = body.get("tags") or {}, properties.get("desired") or {}
-            twins.check(tags, nulls=False)
+            twins.check(tags, nulls=False, rules=twin.rules)
             twin.tags = {}
             twin.patch_tags(tags)
             notification = twin.replace_desired(desired) if desired or before.desired else None

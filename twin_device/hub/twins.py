@@ -34,6 +34,22 @@ class Invalid(Exception):
         return self.code // 1000
 
 
+@dataclass(frozen=True)
+class Rules:
+    """Where sources do not agree on what the hub stores.
+
+    hash_in_keys: keys may have a "#". size_rule: a section's size is that of its keys and "values" (the
+    documented formula), or of its "text" as JSON. size_code: errorCode of a section that is too large.
+    """
+
+    hash_in_keys: bool = False
+    size_rule: str = "values"
+    size_code: int = 403100
+
+
+_DOCUMENTED = Rules()
+
+
 @dataclass
 class Twin:
     """One identity's twin. Sections hold no `$` keys."""
@@ -43,6 +59,7 @@ class Twin:
     reported: Document = field(default_factory=dict)
     desired_version: int = 1
     reported_version: int = 1
+    rules: Rules = _DOCUMENTED
     # The desired properties before they were last written.
     former_desired: Document = field(default_factory=dict)
     # The back end's writes of tags and desired properties.
@@ -86,19 +103,17 @@ class Twin:
             }
         )
 
-    def patch_reported(
-        self, payload: bytes, expected: int | None, size_code: int = 403100, hash_in_keys: bool = False
-    ) -> None:
+    def patch_reported(self, payload: bytes, expected: int | None) -> None:
         """Merge a device's report; Invalid, and nothing changed, if the hub refuses it.
 
-        expected: the version that the reported properties must have, None for any. hash_in_keys: take "#".
+        expected: the version that the reported properties must have, None for any.
         """
         patch = decode(payload)
-        check(patch, nulls=True, hash_in_keys=hash_in_keys)
+        check(patch, nulls=True, rules=self.rules)
         if expected is not None and expected != self.reported_version:
             raise Invalid(412001, f"the reported properties have version {self.reported_version}")
         result = merged(self.reported, patch)
-        _check_size(result, "Properties.Reported", MAX_SECTION, size_code)
+        _check_size(result, "Properties.Reported", MAX_SECTION, self.rules)
         self.reported = result
         self.reported_version += 1
         mark(self.reported_metadata, patch, {"$lastUpdated": now()})
@@ -109,7 +124,7 @@ class Twin:
         The device is sent exactly the patch, also where values do not change; a patch that only removes what
         is not there says nothing.
         """
-        patch = _own(patch, nulls=True)
+        patch = _own(patch, nulls=True, rules=self.rules)
         if _says_nothing(self.desired, patch):
             self.etag_counter += 1
             return None
@@ -121,21 +136,21 @@ class Twin:
 
         It has every key of the new document, with null for each that is gone, nested ones too.
         """
-        document = _own(document, nulls=False)
+        document = _own(document, nulls=False, rules=self.rules)
         patch = _replacement(self.desired, document)
         self._set_desired(document, patch)
         return patch
 
     def patch_tags(self, patch: Document) -> None:
         """Merge into the tags. Devices are not told."""
-        check(patch, nulls=True)
+        check(patch, nulls=True, rules=self.rules)
         result = merged(self.tags, patch)
-        _check_size(result, "Tags", MAX_TAGS)
+        _check_size(result, "Tags", MAX_TAGS, self.rules)
         self.tags = result
         self.etag_counter += 1
 
     def _set_desired(self, document: Document, patch: Document) -> None:
-        _check_size(document, "Properties.Desired", MAX_SECTION)
+        _check_size(document, "Properties.Desired", MAX_SECTION, self.rules)
         self.former_desired, self.desired = self.desired, document
         self.desired_version += 1
         self.etag_counter += 1
@@ -143,13 +158,13 @@ class Twin:
         mark(self.desired_metadata, patch, stamp)
 
 
-def new(desired: Document, tags: Document) -> Twin:
+def new(desired: Document, tags: Document, rules: Rules = _DOCUMENTED) -> Twin:
     """A new twin that begins with these documents; Invalid if the hub refuses one."""
-    check(desired, nulls=False)
-    check(tags, nulls=False)
-    _check_size(desired, "Properties.Desired", MAX_SECTION)
-    _check_size(tags, "Tags", MAX_TAGS)
-    twin = Twin(copy.deepcopy(tags), copy.deepcopy(desired))
+    check(desired, nulls=False, rules=rules)
+    check(tags, nulls=False, rules=rules)
+    _check_size(desired, "Properties.Desired", MAX_SECTION, rules)
+    _check_size(tags, "Tags", MAX_TAGS, rules)
+    twin = Twin(copy.deepcopy(tags), copy.deepcopy(desired), rules=rules)
     mark(twin.desired_metadata, desired, {"$lastUpdated": now()})
     return twin
 
@@ -216,9 +231,9 @@ def size(value: Any) -> int:
     return 0 if value is None else 8
 
 
-def check(document: Any, *, nulls: bool, hash_in_keys: bool = False) -> None:
+def check(document: Any, *, nulls: bool, rules: Rules = _DOCUMENTED) -> None:
     """Raise Invalid at the first key or value that the hub does not store. nulls: they remove (a patch)."""
-    signs = " .$" if hash_in_keys else " .$#"
+    signs = " .$" if rules.hash_in_keys else " .$#"
     if not isinstance(document, dict):
         raise Invalid(400004, "Provided json is not a valid 'tags' or 'properties' object.")
     stack: list[tuple[Any, str, int, bool]] = [(document, "", 0, nulls)]
@@ -254,9 +269,9 @@ def check(document: Any, *, nulls: bool, hash_in_keys: bool = False) -> None:
             raise Invalid(400004, f"{type(value).__name__} is no JSON value. Error in Property/Tag {path}")
 
 
-def _check_size(document: Document, name: str, most: int, code: int = 403100) -> None:
-    if size(document) > most:
-        raise Invalid(code, f"'{name}' size should be less than {most} bytes.")
+def _check_size(document: Document, name: str, most: int, rules: Rules) -> None:
+    if (len(encode(document)) if rules.size_rule == "text" else size(document)) > most:
+        raise Invalid(rules.size_code, f"'{name}' size should be less than {most} bytes.")
 
 
 def _check_key(key: Any, path: str, signs: str) -> None:
@@ -280,12 +295,12 @@ def _characters(text: str) -> int:
     return len("".join(c for c in text if not (ord(c) < 32 or 127 <= ord(c) < 160)).encode())
 
 
-def _own(document: Document, *, nulls: bool) -> Document:
+def _own(document: Document, *, nulls: bool, rules: Rules) -> Document:
     """A copy of what the back end writes, checked."""
     if isinstance(document, dict):
         # Tools send a whole twin back: what is the hub's own is not written.
         document = {key: value for key, value in document.items() if key not in ("$version", "$metadata")}
-    check(document, nulls=nulls)
+    check(document, nulls=nulls, rules=rules)
     # Copied only when its depth is known: a copy recurses.
     return copy.deepcopy(document)
 
