@@ -40,18 +40,19 @@ def play(client, name):
 
 async def play_async(text, ca):
     client = AsyncDeviceClient.create_from_connection_string(text, server_verification_cert=ca)
-    patches = asyncio.Queue()
+    # The SDK calls handlers in a loop, and thread, of its own.
+    patches = queue.SimpleQueue()
 
     async def keep(patch):
-        await patches.put(patch)
+        patches.put(patch)
 
     client.on_twin_desired_properties_patch_received = keep
     await client.connect()
     tell("aio twin", await client.get_twin())
     tell("aio ready", None)
-    patch = await asyncio.wait_for(patches.get(), 20)
+    patch = await asyncio.to_thread(patches.get, timeout=20)
     while "old" not in patch:
-        patch = await asyncio.wait_for(patches.get(), 20)
+        patch = await asyncio.to_thread(patches.get, timeout=20)
     tell("aio patch", patch)
     await client.shutdown()
 
