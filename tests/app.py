@@ -1,14 +1,11 @@
-"""An app that writes down what it is shown, and how to wait for what no event tells."""
+"""An app that writes down what it is shown."""
 
 import queue
-import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
+from tests.waiting import PATIENCE
 from twin_device import TwinClient
-
-PATIENCE = 10.0  # seconds that anything may take before a test gives up
 
 
 class App:
@@ -33,16 +30,3 @@ class App:
         deadline = time.monotonic() + PATIENCE
         while self.states.get(timeout=max(0.01, deadline - time.monotonic())) != wanted:
             pass
-
-
-def wait_until(condition: Callable[[], Any], what: str) -> Any:
-    """For what no event tells: look again and again, with a deadline."""
-    deadline = time.monotonic() + PATIENCE
-    pause = threading.Event()
-    while True:
-        found = condition()
-        if found:
-            return found
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"not in time: {what}")
-        pause.wait(0.005)

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from tests.app import PATIENCE, App
+from tests.app import App
+from tests.waiting import PATIENCE
 from twin_device import TwinClient
 from twin_device.hub import Device, LocalHub
 

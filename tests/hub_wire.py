@@ -6,14 +6,13 @@ import hmac
 import socket
 import ssl
 import struct
-import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-PATIENCE = 10.0  # seconds that anything may take before a test gives up
+from tests.waiting import PATIENCE
+
 RES = "$iothub/twin/res/#"
 DESIRED = "$iothub/twin/PATCH/properties/desired/#"
 METHODS = "$iothub/methods/POST/#"
@@ -261,16 +260,3 @@ def online(port: int | None, device_id: str = "dev", key: str = KEY, *filters: s
         wire.close()
         raise
     return wire
-
-
-def wait_until(condition: Callable[[], Any], what: str) -> Any:
-    """For what no socket tells: look again and again, with a deadline."""
-    deadline = time.monotonic() + PATIENCE
-    pause = threading.Event()
-    while True:
-        found = condition()
-        if found:
-            return found
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"not in time: {what}")
-        pause.wait(0.002)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.app import PATIENCE, wait_until
+from tests.waiting import PATIENCE, wait_until
 from twin_device.hub import Device, LocalHub
 
 KEY = "MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY="

@@ -20,7 +20,8 @@ import trustme
 from pytest_mock import MockerFixture
 
 import twin_device
-from tests.app import PATIENCE, App, wait_until
+from tests.app import App
+from tests.waiting import PATIENCE, wait_until
 from twin_device import (
     ConnectRefused,
     LocalError,
@@ -418,6 +419,27 @@ def test_a_client_has_at_most_two_threads_and_leaves_none(make_app: MakeApp, dev
     app.client.close()
     assert twin_threads() == []
     app.client.close()
+
+
+@pytest.mark.parametrize("interrupted", ["twin-network", "twin-dispatcher"])
+def test_an_interrupt_while_the_threads_start_leaves_a_client_that_works(
+    mocker: MockerFixture, make_app: MakeApp, device: Device, interrupted: str
+) -> None:
+    app = make_app(device)
+    start = threading.Thread.start
+
+    def interrupt(thread: threading.Thread) -> None:
+        if thread.name.startswith(interrupted):
+            raise KeyboardInterrupt
+        start(thread)
+
+    mocker.patch.object(threading.Thread, "start", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        app.client.connect()
+    assert twin_threads() == []
+    mocker.stopall()
+    app.client.connect()
+    assert app.next_patch() == {"telemetryInterval": 30}
 
 
 def test_connections_and_files_do_not_pile_up(make_app: MakeApp, device: Device) -> None:

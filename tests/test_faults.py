@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.app import PATIENCE, App, wait_until
+from tests.app import App
+from tests.waiting import PATIENCE, wait_until
 from twin_device import ConnectRefused, ReportRejected, ReportTimeout
 from twin_device.hub import Device, LocalHub
 

@@ -14,7 +14,6 @@ from tests.hub_wire import (
     GET,
     KEY,
     METHODS,
-    PATIENCE,
     PINGREQ,
     REPORT,
     RES,
@@ -30,8 +29,8 @@ from tests.hub_wire import (
     token,
     unsubscribe,
     user,
-    wait_until,
 )
+from tests.waiting import PATIENCE, wait_until
 from twin_device.hub import LocalHub
 
 EVENTS = "devices/dev/messages/events/"

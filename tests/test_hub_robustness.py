@@ -24,7 +24,6 @@ from tests.hub_wire import (
     DISCONNECT,
     GET,
     KEY,
-    PATIENCE,
     PINGREQ,
     REPORT,
     RES,
@@ -38,8 +37,8 @@ from tests.hub_wire import (
     token,
     unsubscribe,
     user,
-    wait_until,
 )
+from tests.waiting import PATIENCE, wait_until
 from twin_device.hub import LocalHub
 
 EVENTS = "devices/dev/messages/events/"

@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 import pytest
 
-from tests.app import PATIENCE
+from tests.waiting import PATIENCE
 from twin_device import ConnectRefused, TwinClient
 from twin_device.hub import Device, LocalHub
 

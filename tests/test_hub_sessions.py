@@ -22,8 +22,8 @@ from tests.hub_wire import (
     subscribe,
     token,
     user,
-    wait_until,
 )
+from tests.waiting import wait_until
 from twin_device.hub import Device, LocalHub
 
 EVENTS = "devices/dev/messages/events/"

@@ -315,29 +315,27 @@ class TwinClient:
         with self._lock:
             if self._closed:
                 raise NotConnected("this client is closed; make a new one")
-            if self._network is None:
-                self._refused = None
-                if not self._tls and not _is_loopback(self._host):
-                    _log.warning(
-                        "%s: plaintext to %s: anybody on the way can read and change it", self, self._host
-                    )
-                self._network = _Network(self)
-                if self._dispatcher is None:
-                    self._dispatcher = threading.Thread(
-                        target=self._dispatch,
-                        name=f"twin-dispatcher-{self._credentials.client_id}",
-                        daemon=True,
-                    )
-                    self._dispatcher.start()
-                self._network.start()
-                self._perform(self._twin.start(_now()))
-            network = self._network
-        if wait:
-            try:
+        try:
+            with self._lock:
+                network = self._network or self._start()
+            if wait:
                 self._await_synchronised(network, deadline)
-            except BaseException:
-                self.disconnect()
-                raise
+        except BaseException:
+            self.disconnect()
+            raise
+
+    def _start(self) -> "_Network":
+        self._refused = None
+        if not self._tls and not _is_loopback(self._host):
+            _log.warning("%s: plaintext to %s: anybody on the way can read and change it", self, self._host)
+        network = self._network = _Network(self)
+        if self._dispatcher is None:
+            name = f"twin-dispatcher-{self._credentials.client_id}"
+            self._dispatcher = threading.Thread(target=self._dispatch, name=name, daemon=True)
+            self._dispatcher.start()
+        network.start()
+        self._perform(self._twin.start(_now()))
+        return network
 
     def _await_synchronised(self, network: "_Network", deadline: float) -> None:
         with self._lock:
@@ -369,10 +367,18 @@ class TwinClient:
             self._changed.notify_all()
         for thread in (network, dispatcher):
             # A handler may disconnect: its own thread ends once the handler has returned.
-            if thread is not None and thread is not threading.current_thread():
-                thread.join(self._timeout)
-                if thread.is_alive():
-                    _log.warning("%s has not ended: a handler or a name look-up still runs", thread.name)
+            if thread is None or thread is threading.current_thread():
+                continue
+            if thread.ident is None:
+                # Ctrl-C came between making it and its start: there is nothing to wait for.
+                if thread is dispatcher:
+                    self._dispatcher = None
+                else:
+                    network.dispose()
+                continue
+            thread.join(self._timeout)
+            if thread.is_alive():
+                _log.warning("%s has not ended: a handler or a name look-up still runs", thread.name)
 
     def close(self) -> None:
         """Disconnect for good. While synchronised, first waits up to 5 seconds for reports on their way;
@@ -644,6 +650,12 @@ class _Network(threading.Thread):
         with contextlib.suppress(OSError):
             self._waker.send(b"\0")
 
+    def dispose(self) -> None:
+        """Close what the thread waits with."""
+        self._selector.close()
+        self._woken.close()
+        self._waker.close()
+
     # The thread itself.
 
     def run(self) -> None:
@@ -668,9 +680,7 @@ class _Network(threading.Thread):
                     self._lose(RemoteError(f"unexpected {type(error).__name__} while reading from the hub"))
         finally:
             self._hang_up()
-            self._selector.close()
-            self._woken.close()
-            self._waker.close()
+            self.dispose()
 
     def _step(self) -> None:
         """Wait for the socket, a wake-up or the core's deadline, and serve what is there."""
