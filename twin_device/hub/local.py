@@ -176,9 +176,22 @@ class LocalHub:
                     await web.SockSite(self._runner, listener, ssl_context=self._contexts[name]).start()
 
     async def _stop_serving(self) -> None:
-        if self._runner is not None:
-            await self._runner.cleanup()
-            self._runner = None
+        if self._runner is None:
+            return
+        runner, self._runner = self._runner, None
+        transports = [connection.transport for connection in runner.server.connections]
+        await runner.cleanup()
+        for transport in transports:
+            if transport is not None:
+                # Merely closed, TLS would wait for its peer's goodbye.
+                transport.abort()
+        # Handshakes that have just begun, which nobody but the loop knows of.
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        # The loop closes the sockets of what was aborted in its next round.
+        await asyncio.sleep(0)
 
     def _bind(self, name: str, wanted: int) -> list[socket.socket]:
         port = self._ports.get(name, wanted)
