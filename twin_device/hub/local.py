@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -71,6 +72,10 @@ class LocalHub:
         self._ca_file: Path | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        # One at a time starts, pauses or closes it.
+        self._life = threading.RLock()
+        # Held while the loop is handed work, and while it ends: none is handed to a loop that is gone.
+        self._gate = threading.RLock()
         self._listeners: list[tuple[socket.socket, asyncio.Task[None]]] = []
         self._greeting: set[asyncio.Task[None]] = set()
         self._hanging: list[socket.socket] = []
@@ -83,40 +88,43 @@ class LocalHub:
 
     def start(self) -> None:
         """Listen. OSError: a port is taken. ModuleNotFoundError: trustme or aiohttp is needed and missing."""
-        if self._thread is not None:
-            raise RuntimeError("this hub runs already")
-        context = None
-        if self._wanted["mqtts"] is not None or self._wanted_http["https"] is not None:
-            if self._folder is None:
-                self._temporary = tempfile.TemporaryDirectory(prefix="twin-device-hub-")
-            folder = self._folder or Path(self._temporary.name if self._temporary else "")
+        with self._life:
+            if self._thread is not None:
+                raise RuntimeError("this hub runs already")
+            context = None
+            if self._wanted["mqtts"] is not None or self._wanted_http["https"] is not None:
+                if self._folder is None:
+                    self._temporary = tempfile.TemporaryDirectory(prefix="twin-device-hub-")
+                folder = self._folder or Path(self._temporary.name if self._temporary else "")
+                try:
+                    self._ca_file = certificates.prepare(folder, self._registry.host_names)
+                    context = certificates.server_context(folder)
+                except BaseException:
+                    self._clean_up()
+                    raise
+            self._contexts = {"mqtts": context, "mqtt": None, "https": context, "http": None}
+            self._loop = asyncio.SelectorEventLoop()  # on Windows too: it can wait for a listener
+            self._thread = threading.Thread(target=self._run, name="twin-device-hub", daemon=True)
+            self._thread.start()
             try:
-                self._ca_file = certificates.prepare(folder, self._registry.host_names)
-                context = certificates.server_context(folder)
+                self.listen_again()
+                self._wait(self._serve())
             except BaseException:
-                self._clean_up()
+                self.close()
                 raise
-        self._contexts = {"mqtts": context, "mqtt": None, "https": context, "http": None}
-        self._loop = asyncio.SelectorEventLoop()  # on Windows too: it can wait for a listener
-        self._thread = threading.Thread(target=self._run, name="twin-device-hub", daemon=True)
-        self._thread.start()
-        try:
-            self.listen_again()
-            self._wait(self._serve())
-        except BaseException:
-            self.close()
-            raise
 
     def close(self) -> None:
         """End every connection and the hub's thread."""
-        if self._thread is None or self._loop is None:
-            return
-        self._wait(self._shut_down())
-        self._wait(self._stop_serving())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(_CALL_WITHIN)
-        self._thread = self._loop = None
-        self._clean_up()
+        with self._life:
+            if self._thread is None or self._loop is None:
+                return
+            self._wait(self._shut_down())
+            self._wait(self._stop_serving())
+            with self._gate:
+                self._loop.call_soon_threadsafe(self._loop.stop)
+                self._thread.join(_CALL_WITHIN)
+                self._thread = self._loop = None
+            self._clean_up()
 
     def __enter__(self) -> "LocalHub":
         if self._thread is None:
@@ -144,11 +152,13 @@ class LocalHub:
 
     def stop_listening(self) -> None:
         """Be away: end every connection and take no new one, until listen_again(). Sessions are kept."""
-        self._wait(self._shut_down())
+        with self._life:
+            self._wait(self._shut_down())
 
     def listen_again(self) -> None:
         """Listen on the same ports as before."""
-        self._wait(self._listen())
+        with self._life:
+            self._wait(self._listen())
 
     async def _listen(self) -> None:
         for name, wanted in self._wanted.items():
@@ -277,14 +287,21 @@ class LocalHub:
 
     def _call(self, work: Callable[[], _T]) -> _T:
         """Have work done in the hub's loop, and wait for it. Before start() and after close(): right here."""
-        loop = self._loop
-        if loop is None or threading.current_thread() is self._thread:
+        if threading.current_thread() is self._thread:
             return work()
+        answer: Future[_T] = Future()
 
-        async def call() -> _T:
-            return work()
+        def do() -> None:
+            try:
+                answer.set_result(work())
+            except BaseException as error:  # noqa: BLE001  # whoever asked gets it
+                answer.set_exception(error)
 
-        return asyncio.run_coroutine_threadsafe(call(), loop).result(_CALL_WITHIN)
+        with self._gate:
+            if self._loop is None:
+                return work()
+            self._loop.call_soon_threadsafe(do)
+        return answer.result(_CALL_WITHIN)
 
     def _note_change(self) -> None:
         with self._changed:
