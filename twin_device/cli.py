@@ -79,8 +79,8 @@ def _parser() -> argparse.ArgumentParser:
         "run",
         help="run a local hub until SIGINT or SIGTERM",
         description="Run a local hub: devices connect by MQTT over TLS, back ends by the REST API. "
-        "When it is ready it prints how to connect to it. Needs twin-device[hub]. For development: it keeps "
-        "everything in memory and is no production hub.",
+        "When it is ready it prints how to connect to it. Needs twin-device[hub]. For development: it is no "
+        "production hub.",
         epilog="Example: twin-device hub run --device sensor-temp-042",
     )
     port = _port_or_auto
@@ -131,6 +131,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="ca.pem and server.pem: used when there, made when DIR is empty (default: a folder that goes "
         "with the hub)",
+    )
+    run.add_argument(
+        "--data",
+        metavar="DIR",
+        help="keep identities, twins and sessions there over a restart (default: in memory alone)",
     )
     run.add_argument("--json", action="store_true", help="print the line that says how to connect as JSON")
     run.set_defaults(run=_hub_run)
@@ -312,6 +317,7 @@ def _hub_run(options: argparse.Namespace) -> int:
             host_names=tuple(options.host_name or ("localhost",)),
             owner_key=options.owner_key,
             certificates=options.certificates,
+            data=options.data,
         )
         hub.start()
     except ModuleNotFoundError as error:
@@ -321,11 +327,18 @@ def _hub_run(options: argparse.Namespace) -> int:
     except OSError as error:
         return _complain(error.strerror or error, 1)
     with hub:
+        known = {device.id: device.keys for device in hub.devices}
         try:
             for text in options.device:
                 # A key in base64 has no colon; an id may have one.
                 name, colon, key = text.rpartition(":")
-                hub.create_device(name if colon else text, key=key if colon else None)
+                name, key = (name, key) if colon else (text, "")
+                if options.data and name in known:
+                    # Kept from an earlier run, with its key.
+                    if key and key not in known[name]:
+                        raise ValueError(f"{name!r} is kept with another key in {options.data}")
+                    continue
+                hub.create_device(name, key=key or None)
         except ValueError as error:
             return _complain(error, 2)
         encrypted = hub.mqtts_port is not None or hub.https_port is not None

@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 from . import certificates, twins
 from .faults import Fault, Faults
-from .mqtt import Connection, Endpoint, Packet, Settings, Telemetry
+from .mqtt import Connection, Endpoint, Packet, Session, Settings, Telemetry
 from .registry import Registry
 
 _T = TypeVar("_T")
@@ -39,8 +39,9 @@ class LocalHub:
     is any free port, None is off; all listen on loopback only. host_names: the names that the hub goes by;
     connection strings carry the first. owner_key: base64, the key of the hub's policies; made when None.
     certificates: a folder with ca.pem and server.pem, made there when it is empty; None for one that goes
-    away with the hub. settings: those of mqtt.Settings, by their names: what sources do not agree on, and
-    limits. ValueError names what is wrong with an argument.
+    away with the hub. data: a folder that keeps identities, twins and sessions over a restart; None for
+    memory alone. settings: those of mqtt.Settings, by their names: what sources do not agree on, and limits.
+    ValueError names what is wrong with an argument.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class LocalHub:
         host_names: tuple[str, ...] = ("localhost",),
         owner_key: str | None = None,
         certificates: str | Path | None = None,
+        data: str | Path | None = None,
         **settings: Any,
     ) -> None:
         try:
@@ -62,6 +64,8 @@ class LocalHub:
                 f"a hub has no setting {sorted(settings.keys() - vars(Settings()).keys())[0]!r}"
             ) from None
         self._registry = Registry(host_names, owner_key)
+        self._owner_key = owner_key
+        self._data = None if data is None else Path(data)
         self._faults = Faults()
         self._endpoint = Endpoint(self._registry, self._faults, chosen, self._note_change)
         self._wanted = {"mqtts": mqtts_port, "mqtt": mqtt_port}
@@ -92,6 +96,7 @@ class LocalHub:
             if self._thread is not None:
                 raise RuntimeError("this hub runs already")
             context = None
+            self._load()
             if self._wanted["mqtts"] is not None or self._wanted_http["https"] is not None:
                 if self._folder is None:
                     self._temporary = tempfile.TemporaryDirectory(prefix="twin-device-hub-")
@@ -140,6 +145,30 @@ class LocalHub:
         if self._temporary is not None:
             self._temporary.cleanup()
             self._temporary = None
+        if self._endpoint.storage is not None:
+            self._endpoint.storage.close()
+            self._endpoint.storage = None
+
+    def _load(self) -> None:
+        """Take over what the data folder keeps; what was created before start() stays, and is kept, too."""
+        if self._data is None:
+            return
+        from .storage import Storage  # only here: sqlite3 is for who keeps something
+
+        storage = Storage(self._data)
+        registry, endpoint = self._registry, self._endpoint
+        registry.policy_key = storage.policy_key(self._owner_key) or registry.policy_key
+        storage.policy_key(registry.policy_key)
+        for identity, twin, subscriptions in storage.load():
+            if identity.id not in registry.identities:
+                registry.identities[identity.id] = identity
+                twin.rules = endpoint.settings.rules
+                endpoint.create(identity, twin)
+                if subscriptions is not None:
+                    endpoint.sessions[identity.id] = Session(subscriptions, persistent=True)
+        endpoint.storage = storage
+        for name in registry.identities:
+            endpoint.keep(name)
 
     def _run(self) -> None:
         loop = self._loop
@@ -430,6 +459,8 @@ class LocalHub:
             self._endpoint.sessions.clear()
             for connection in self._endpoint.connections.values():
                 connection.forget()
+            for name in self._registry.identities:
+                self._endpoint.keep(name)
             for waiting in self._endpoint.messages.values():
                 waiting.clear()
 
@@ -478,6 +509,12 @@ class Device:
         host = self._hub._registry.host_names[0] + ("" if port == standard else f":{port}")
         module = "" if identity.module_id is None else f"ModuleId={identity.module_id};"
         return f"HostName={host};DeviceId={identity.device_id};{module}SharedAccessKey={identity.primary_key}"
+
+    @property
+    def keys(self) -> tuple[str, str]:
+        """Its two keys in base64; either connects."""
+        identity = self._hub._registry.identities[self.id]
+        return identity.primary_key, identity.secondary_key
 
     # ------------------------------------------------------------------ its twin
 
@@ -530,6 +567,7 @@ class Device:
 
         def write() -> None:
             self._endpoint.twins[self.id].patch_tags(patch)
+            self._endpoint.keep(self.id)
             self._endpoint.changed()
 
         self._hub._valid(lambda: self._hub._call(write))
@@ -624,14 +662,19 @@ class Device:
 
         def disable() -> None:
             self._hub._registry.identities[self.id].enabled = False
+            self._endpoint.keep(self.id)
             self._endpoint.drop_with_modules(self.id)
             self._endpoint.changed()
 
         self._hub._call(disable)
 
     def enable(self) -> None:
-        self._hub._registry.identities[self.id].enabled = True
-        self._endpoint.changed()
+        def enable() -> None:
+            self._hub._registry.identities[self.id].enabled = True
+            self._endpoint.keep(self.id)
+            self._endpoint.changed()
+
+        self._hub._call(enable)
 
     def delete(self) -> None:
         """Delete the identity with its twin, a device with its modules."""

@@ -15,12 +15,15 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
 
 from . import twins
 from .faults import Faults
 from .registry import Claim, Disabled, Identity, Refused, Registry
+
+if TYPE_CHECKING:
+    from .storage import Storage
 
 _log = logging.getLogger("twin_device.hub")
 
@@ -195,6 +198,7 @@ class Endpoint:
         self.changed = changed
         self.twins: dict[str, twins.Twin] = {}
         self.sessions: dict[str, Session] = {}
+        self.storage: Storage | None = None
         self.connections: dict[str, Connection] = {}
         # Every connection, also those that have not said yet who they are.
         self.open: set[Connection] = set()
@@ -211,6 +215,7 @@ class Endpoint:
 
     def create(self, identity: Identity, twin: twins.Twin | None = None) -> None:
         self.twins[identity.id] = twin or twins.Twin(rules=self.settings.rules)
+        self.keep(identity.id)
         self.connects[identity.id] = 0
         self.packets[identity.id] = deque(maxlen=_LOGGED_PACKETS)
         self.telemetry[identity.id] = deque(maxlen=_MAX_TELEMETRY)
@@ -223,7 +228,16 @@ class Endpoint:
             table.pop(identity_id, None)
         for held in (self._sent_notifications, self._held_notifications, self._held_reports):
             held.pop(identity_id, None)
+        if self.storage is not None:
+            self.storage.remove(identity_id)
         self.changed()
+
+    def keep(self, identity_id: str) -> None:
+        """Have the storage, if there is one, hold the identity as it is now."""
+        if self.storage is not None:
+            session = self.sessions.get(identity_id)
+            kept = None if session is None or not session.persistent else session.subscriptions
+            self.storage.save(self.registry.identities[identity_id], self.twins[identity_id], kept)
 
     def restore(self, older: dict[str, twins.Twin]) -> None:
         """Have these twins, new ones for identities that are younger, and end every connection."""
@@ -231,6 +245,8 @@ class Endpoint:
         self.twins = {name: older.get(name) or twins.Twin(rules=rules) for name in self.twins}
         for table in (self._sent_notifications, self._held_notifications, self._held_reports):
             table.clear()
+        for name in self.twins:
+            self.keep(name)
         self.drop_all()
         self.changed()
 
@@ -275,6 +291,7 @@ class Endpoint:
 
     def notify(self, identity_id: str, patch: twins.Document | None) -> None:
         """Tell the device of a change of its desired properties; patch None: there is nothing to tell."""
+        self.keep(identity_id)
         self.changed()
         if patch is None:
             return
@@ -632,6 +649,7 @@ class Connection(asyncio.Protocol):
         present = self._id in endpoint.sessions
         self._session = endpoint.sessions.setdefault(self._id, Session())
         self._session.persistent = not clean
+        endpoint.keep(self._id)
         self._heard = self._loop.time()
         self._check_silence()
         self._later(claim.expiry + endpoint.settings.token_grace - now, self._expire)
@@ -668,6 +686,7 @@ class Connection(asyncio.Protocol):
             self._session.subscriptions.update((name, min(qos, 1)) for name, qos in wanted)
             # Here again, if it was forgotten under the open connection.
             self._endpoint.sessions.setdefault(self._id, self._session)
+            self._endpoint.keep(self._id)
             codes = bytes(min(qos, 1) for _, qos in wanted)
         answer = packet_id.to_bytes(2, "big") + codes
         late = self._faults.take("suback_late", self._id)
@@ -694,6 +713,7 @@ class Connection(asyncio.Protocol):
             raise Violation("an UNSUBSCRIBE without filters or packet identifier")
         for name in names:
             self._session.subscriptions.pop(name, None)
+        self._endpoint.keep(self._id)
         self._send(11, 0, packet_id.to_bytes(2, "big"))
 
     # ------------------------------------------------------------------ PUBLISH in
@@ -830,6 +850,7 @@ class Connection(asyncio.Protocol):
             if self._claim is not None and self._claim.api_version is None:
                 raise twins.Invalid(400004, "The user name has no api-version.")
             twin.patch_reported(payload, version)
+            endpoint.keep(self._id)
         except twins.Invalid as error:
             return error.status, self._error(error.code, error.message), None
         return 204, b"", twin.reported_version

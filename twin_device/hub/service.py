@@ -254,6 +254,7 @@ class Service:
             _check_condition(condition, identity.etag)
         was_enabled = identity.enabled
         identity.change(**settings)
+        self._endpoint.keep(identity.id)
         if was_enabled and not identity.enabled:
             self._endpoint.drop_with_modules(identity.id)
         self._endpoint.changed()
