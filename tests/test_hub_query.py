@@ -291,7 +291,7 @@ def test_no_text_takes_long(text: str) -> None:
     begun = time.perf_counter()
     with pytest.raises(QueryError):
         parse_condition(text)
-    assert time.perf_counter() - begun < 0.5
+    assert time.perf_counter() - begun < 0.2
 
 
 @pytest.mark.parametrize(
@@ -340,6 +340,7 @@ def test_groups_are_of_the_same_values() -> None:
         ("SUM", [1, 2.5, True, "4", None, [5]], 3.5),
         ("SUM", [2**62, 2**62], 2.0**63),
         ("SUM", [1.5, 10**400], None),
+        ("SUM", [10**400], None),
         ("SUM", [1e308, 1e308], None),
         ("AVG", [1, 2], 1.5),
         ("AVG", [10**400], None),
