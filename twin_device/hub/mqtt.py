@@ -5,6 +5,7 @@ MQTT 3.1.1 has no way to say no. Source: IoT Hub, "Communicate with an IoT hub u
 """
 
 import asyncio
+import copy
 import json
 import logging
 import re
@@ -18,7 +19,7 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
 
-from . import twins
+from . import events, twins
 from .faults import Faults
 from .registry import Claim, Disabled, Identity, Refused, Registry
 
@@ -33,6 +34,8 @@ _MAX_BACKLOG = 4 * 1024 * 1024
 _CONNECT_WITHIN = 60.0
 _MAX_KEEP_ALIVE = 1767.0
 _LOGGED_PACKETS = 2000
+# What an event tells of a packet's payload, in bytes.
+_TOLD_PAYLOAD = 4096
 _MAX_TELEMETRY = 1000
 _MAX_C2D = 50
 # Also what a topic holds, where the properties are.
@@ -196,6 +199,7 @@ class Endpoint:
         self.faults = faults
         self.settings = settings
         self.changed = changed
+        self.events = events.Publisher(registry.host_names[0])
         self.twins: dict[str, twins.Twin] = {}
         self.sessions: dict[str, Session] = {}
         self.storage: Storage | None = None
@@ -220,10 +224,12 @@ class Endpoint:
         self.packets[identity.id] = deque(maxlen=_LOGGED_PACKETS)
         self.telemetry[identity.id] = deque(maxlen=_MAX_TELEMETRY)
         self.messages[identity.id] = deque()
+        self._tell_of_life(identity.id, "createDeviceIdentity")
         self.changed()
 
     def delete(self, identity_id: str) -> None:
         self.drop(identity_id)
+        self._tell_of_life(identity_id, "deleteDeviceIdentity")
         for table in (self.twins, self.sessions, self.connects, self.packets, self.telemetry, self.messages):
             table.pop(identity_id, None)
         for held in (self._sent_notifications, self._held_notifications, self._held_reports):
@@ -231,6 +237,15 @@ class Endpoint:
         if self.storage is not None:
             self.storage.remove(identity_id)
         self.changed()
+
+    def _tell_of_life(self, identity_id: str, operation: str) -> None:
+        if self.events.wants(events.LIFECYCLE):
+            self.events.notify(events.LIFECYCLE, identity_id, operation, self._told_twin(identity_id))
+
+    def _told_twin(self, identity_id: str) -> twins.Document:
+        device, slash, module = identity_id.partition("/")
+        head = {"deviceId": device, "moduleId": module} if slash else {"deviceId": device}
+        return {**head, **self.twins[identity_id].service_view()}
 
     def keep(self, identity_id: str) -> None:
         """Have the storage, if there is one, hold the identity as it is now."""
@@ -287,9 +302,59 @@ class Endpoint:
         for connection in list(self.open):
             connection.abort()
 
+    # ------------------------------------------------------------------ the back end's writes
+
+    def update_twin(self, identity_id: str, body: twins.Document) -> None:
+        """Merge {"tags": ..., "properties": {"desired": ...}} into a twin and tell the device.
+
+        A section that is null is emptied. Invalid, and nothing changed, if the hub refuses it.
+        """
+        before = self.twins[identity_id]
+        properties = _properties(body)
+        twin = copy.deepcopy(before)
+        change: twins.Document = {}
+        notification = None
+        if "tags" in body:
+            tags = dict.fromkeys(before.tags) if body["tags"] is None else body["tags"]
+            twin.patch_tags(tags)
+            change["tags"] = tags
+        if "desired" in properties:
+            desired = properties["desired"]
+            desired = dict.fromkeys(before.desired) if desired is None else desired
+            notification = twin.patch_desired(desired)
+            change["properties"] = {"desired": twin.desired_change(notification or {})}
+        self._write(identity_id, twin, notification)
+        if change and self.events.wants(events.TWINS):
+            body = {"version": twin.version, **change}
+            self.events.notify(events.TWINS, identity_id, "updateTwin", body)
+
+    def replace_twin(self, identity_id: str, body: twins.Document) -> None:
+        """Put {"tags": ..., "properties": {"desired": ...}} in the place of what is there; tell the device.
+
+        A section that is missing is emptied. Invalid, and nothing changed, if the hub refuses it.
+        """
+        before = self.twins[identity_id]
+        tags, properties = _section(body, "tags"), _properties(body)
+        twin = copy.deepcopy(before)
+        twins.check(tags, nulls=False, rules=twin.rules)
+        twin.tags = {}
+        twin.patch_tags(tags)
+        notification = None
+        if "desired" in properties or before.desired:
+            notification = twin.replace_desired(_section(properties, "desired"))
+        self._write(identity_id, twin, notification)
+        if self.events.wants(events.TWINS):
+            self.events.notify(events.TWINS, identity_id, "replaceTwin", self._told_twin(identity_id))
+
+    def _write(self, identity_id: str, twin: twins.Twin, notification: twins.Document | None) -> None:
+        # One request is one step of the etag, whatever it wrote.
+        twin.etag_counter = self.twins[identity_id].etag_counter + 1
+        self.twins[identity_id] = twin
+        self._notify(identity_id, notification)
+
     # ------------------------------------------------------------------ desired notifications
 
-    def notify(self, identity_id: str, patch: twins.Document | None) -> None:
+    def _notify(self, identity_id: str, patch: twins.Document | None) -> None:
         """Tell the device of a change of its desired properties; patch None: there is nothing to tell."""
         self.keep(identity_id)
         self.changed()
@@ -467,6 +532,8 @@ class Connection(asyncio.Protocol):
         if endpoint.connections.get(self._id) is self:
             del endpoint.connections[self._id]
             self._session.left = self._loop.time()
+            if endpoint.events.wants(events.CONNECTIONS):
+                endpoint.events.notify(events.CONNECTIONS, self._id, "deviceDisconnected", None)
         if not self._session.persistent and endpoint.sessions.get(self._id) is self._session:
             del endpoint.sessions[self._id]
 
@@ -556,8 +623,21 @@ class Connection(asyncio.Protocol):
             self._early.append(packet)
         else:
             log.append(packet)
+            if self._endpoint.events.wants(events.PACKETS):
+                self._tell_packet(packet)
             if _log.isEnabledFor(logging.DEBUG):
                 _log.debug("%s %s %s %s %r", self._id, direction, packet.kind, topic or "", payload[:200])
+
+    def _tell_packet(self, packet: Packet) -> None:
+        body = {
+            "direction": packet.direction,
+            "kind": packet.kind,
+            "topic": packet.topic,
+            "qos": packet.qos,
+            "size": len(packet.payload),
+            "payload": packet.payload[:_TOLD_PAYLOAD].decode(errors="replace"),
+        }
+        self._endpoint.events.publish(events.PACKETS, self._id, {}, {}, body)
 
     # ------------------------------------------------------------------ CONNECT
 
@@ -639,6 +719,9 @@ class Connection(asyncio.Protocol):
         endpoint.connections[self._id] = self
         endpoint.connects[self._id] += 1
         endpoint.packets[self._id].extend(self._early)
+        if endpoint.events.wants(events.PACKETS):
+            for packet in self._early:
+                self._tell_packet(packet)
         if clean or self._faults.take("session_forgotten", self._id):
             endpoint.sessions.pop(self._id, None)
         if clean:
@@ -653,6 +736,8 @@ class Connection(asyncio.Protocol):
         self._heard = self._loop.time()
         self._check_silence()
         self._later(claim.expiry + endpoint.settings.token_grace - now, self._expire)
+        if endpoint.events.wants(events.CONNECTIONS):
+            endpoint.events.notify(events.CONNECTIONS, self._id, "deviceConnected", None)
         self._send(2, 0, bytes((1 if present else 0, 0)))
         self.deliver_messages()
         endpoint.changed()
@@ -758,7 +843,11 @@ class Connection(asyncio.Protocol):
         if found is None:
             raise Violation(f"a PUBLISH to {topic!r}, which IoT Hub does not know")
         properties, system = found
-        self._endpoint.telemetry[self._id].append(Telemetry(payload, {**properties, **extra}, system))
+        properties = {**properties, **extra}
+        self._endpoint.telemetry[self._id].append(Telemetry(payload, properties, system))
+        if self._endpoint.events.wants(events.TELEMETRY):
+            body = payload.decode(errors="replace")
+            self._endpoint.events.publish(events.TELEMETRY, self._id, properties, system, body)
 
     # ------------------------------------------------------------------ twin operations
 
@@ -849,10 +938,13 @@ class Connection(asyncio.Protocol):
         try:
             if self._claim is not None and self._claim.api_version is None:
                 raise twins.Invalid(400004, "The user name has no api-version.")
-            twin.patch_reported(payload, version)
+            patch = twin.patch_reported(payload, version)
             endpoint.keep(self._id)
         except twins.Invalid as error:
             return error.status, self._error(error.code, error.message), None
+        if endpoint.events.wants(events.TWINS):
+            change = {"version": twin.version, "properties": {"reported": twin.reported_change(patch)}}
+            endpoint.events.notify(events.TWINS, self._id, "updateTwin", change)
         return 204, b"", twin.reported_version
 
     def _error(self, code: int, message: str) -> bytes:
@@ -1002,6 +1094,18 @@ def _packet(kind: int, flags: int, body: bytes) -> bytes:
 def _text(text: str) -> bytes:
     data = text.encode()
     return len(data).to_bytes(2, "big") + data
+
+
+def _properties(body: twins.Document) -> twins.Document:
+    properties = _section(body, "properties")
+    if not isinstance(properties, dict):
+        raise twins.Invalid(400004, "properties is no object.")
+    return properties
+
+
+def _section(body: twins.Document, name: str) -> Any:
+    """A member of a back end's body; what is missing or null is empty."""
+    return {} if body.get(name) is None else body[name]
 
 
 def _devicebound(device_id: str) -> str:

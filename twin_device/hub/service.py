@@ -7,7 +7,6 @@ send; Settings.service_error chooses.
 
 import base64
 import binascii
-import copy
 import hashlib
 import json
 import logging
@@ -283,32 +282,14 @@ class Service:
     async def _write_twin(self, request: web.Request) -> web.Response:
         body = await self._body(request)
         identity = self._identity(request)
-        before = self._endpoint.twins[identity.id]
         condition = request.headers.get("If-Match")
         # Clients that leave the quotes out get no condition at all, as with the real service.
         if condition is not None and condition != "*" and condition.startswith('"'):
-            _check_condition(condition, before.etag)
-        properties = body.get("properties") or {}
-        if not isinstance(properties, dict):
-            raise _Problem(400004, "properties is no object.")
-        twin = copy.deepcopy(before)
+            _check_condition(condition, self._endpoint.twins[identity.id].etag)
         if request.method == "PUT":
-            tags, desired = body.get("tags") or {}, properties.get("desired") or {}
-            twins.check(tags, nulls=False, rules=twin.rules)
-            twin.tags = {}
-            twin.patch_tags(tags)
-            notification = twin.replace_desired(desired) if desired or before.desired else None
+            self._endpoint.replace_twin(identity.id, body)
         else:
-            notification = None
-            if "tags" in body:
-                twin.patch_tags(_emptying(before.tags) if body["tags"] is None else body["tags"])
-            if "desired" in properties:
-                desired = properties["desired"]
-                notification = twin.patch_desired(_emptying(before.desired) if desired is None else desired)
-        # One request is one step of the etag, whatever it wrote.
-        twin.etag_counter = before.etag_counter + 1
-        self._endpoint.twins[identity.id] = twin
-        self._endpoint.notify(identity.id, notification)
+            self._endpoint.update_twin(identity.id, body)
         return self._twin_response(identity)
 
     # ------------------------------------------------------------------ queries and statistics
@@ -364,10 +345,6 @@ def _check_condition(condition: str, etag: str) -> None:
         raise _Problem(
             412001, "Precondition failed: Invalid ETag, the identity or twin was changed meanwhile."
         )
-
-
-def _emptying(section: Document) -> Document:
-    return dict.fromkeys(section)
 
 
 def _identity_settings(body: Document) -> Document:

@@ -72,6 +72,11 @@ class Twin:
         """Base64 of the counter in 8 bytes, big-endian: "AAAAAAAAAAE=" when new."""
         return base64.b64encode(struct.pack(">Q", self.etag_counter)).decode()
 
+    @property
+    def version(self) -> int:
+        """The whole twin's version: 2 when new."""
+        return self.etag_counter + self.reported_version
+
     def device_view(self) -> bytes:
         """The body of the answer to a retrieve: no tags, no metadata."""
         return encode(
@@ -86,7 +91,7 @@ class Twin:
         return copy.deepcopy(
             {
                 "etag": self.etag,
-                "version": self.etag_counter + self.reported_version,
+                "version": self.version,
                 "tags": self.tags,
                 "properties": {
                     "desired": {
@@ -103,8 +108,16 @@ class Twin:
             }
         )
 
-    def patch_reported(self, payload: bytes, expected: int | None) -> None:
-        """Merge a device's report; Invalid, and nothing changed, if the hub refuses it.
+    def desired_change(self, patch: Document) -> Document:
+        """A patch of the desired properties that was just merged, as an event tells it."""
+        return _change(patch, self.desired_metadata, self.desired_version)
+
+    def reported_change(self, patch: Document) -> Document:
+        """A patch of the reported properties that was just merged, as an event tells it."""
+        return _change(patch, self.reported_metadata, self.reported_version)
+
+    def patch_reported(self, payload: bytes, expected: int | None) -> Document:
+        """Merge a device's report and return it; Invalid, and nothing changed, if the hub refuses it.
 
         expected: the version that the reported properties must have, None for any.
         """
@@ -117,6 +130,7 @@ class Twin:
         self.reported = result
         self.reported_version += 1
         mark(self.reported_metadata, patch, {"$lastUpdated": now()})
+        return patch
 
     def patch_desired(self, patch: Document) -> Document | None:
         """Merge the back end's patch; returns the notification without `$version`, None if there is none.
@@ -330,6 +344,15 @@ def _replacement(old: Document, new: Document) -> Document:
         else:
             patch[key] = copy.deepcopy(value)
     return patch
+
+
+def _change(patch: Document, metadata: Document, version: int) -> Document:
+    stamp: Document = {
+        name: metadata[name] for name in ("$lastUpdated", "$lastUpdatedVersion") if name in metadata
+    }
+    marks: Document = {}
+    mark(marks, patch, stamp)
+    return {**patch, "$metadata": marks, "$version": version}
 
 
 def mark(node: Document, patch: Document, stamp: Document) -> None:
