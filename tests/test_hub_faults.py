@@ -505,7 +505,7 @@ def test_a_report_that_is_held_back_is_gone_with_its_connection(hub: LocalHub, d
 
 
 def test_there_and_back(hub: LocalHub) -> None:
-    for kind, parameters in KINDS.items():
+    for kind, (_, parameters, _) in KINDS.items():
         fault = Fault(kind, times=3, seconds=60.0, parameters=parameters)
         data = json.loads(json.dumps(fault.as_dict()))
         assert data == {
@@ -516,6 +516,7 @@ def test_there_and_back(hub: LocalHub) -> None:
             "seconds": 60.0,
             "parameters": parameters,
             "hits": 0,
+            "id": 0,
         }
         assert Fault.from_dict(data).as_dict() == data
         assert Fault.from_dict({"kind": kind}).parameters == parameters

@@ -10,19 +10,20 @@ with LocalHub() as hub:
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .events import Event
     from .faults import Fault
-    from .local import Device, LocalHub
+    from .local import Device, Events, LocalHub
     from .mqtt import Packet, Telemetry
 
-__all__ = ["Device", "Fault", "LocalHub", "Packet", "Telemetry"]
+__all__ = ["Device", "Event", "Events", "Fault", "LocalHub", "Packet", "Telemetry"]
 
 
 def __getattr__(name: str) -> Any:
     # pytest imports this package in every run, for the plugin; only who asks for a hub pays for asyncio.
     if name in __all__:
-        from . import faults, local, mqtt
+        from . import events, faults, local, mqtt
 
-        for module in (faults, local, mqtt):
+        for module in (events, faults, local, mqtt):
             if name in vars(module):
                 return vars(module)[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

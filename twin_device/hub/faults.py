@@ -1,81 +1,63 @@
-"""What the hub does wrong on demand, as data.
-
-    kind                     parameters (default)       what happens
-    -----------------------  -------------------------  ---------------------------------------------------
-    answer_lost                                         a twin operation is done, its answer never sent
-    answer_late              seconds_late (1.0)         the answer comes this much later
-    answer_doubled                                      the answer comes twice
-    answer_status            status (429),              the operation is not done; its answer is this status
-                             error_code (None),         with this errorCode; body "empty" for none, or the
-                             body (None)                text to send instead of the usual JSON
-    answer_before_puback                                the answer to a QoS 1 request precedes its PUBACK
-    quota                                               the daily quota is used up: status 403, code 403002
-    reports_reordered                                   a reported patch is applied after the next one
-    notification_lost                                   a desired notification is not sent
-    notification_doubled                                it is sent twice
-    notification_stale                                  after it an older one is sent again
-    notification_reordered                              it is held back and sent after the next one
-    notification_late        seconds_late (1.0)         it comes this much later
-    notification_coalesced                              it is held back and merged into the next one
-    suback_refused                                      SUBACK refuses every filter
-    suback_late              seconds_late (1.0)         SUBACK comes this much later
-    session_forgotten                                   CONNECT finds no session, whatever there was
-    connack_refused          code (5)                   CONNACK with this return code, then the end
-    connack_slow             seconds_late (1.0)         CONNACK comes this much later
-    half_open                                           the connection is accepted, CONNECT never answered
-    hanging_tls                                         TCP is accepted, the TLS handshake never answered
-    cut_in_packet                                       half of the answer is sent, then the connection ends
-    disconnect                                          the connection ends when the operation arrives
-    clock_skew               offset (0.0)               the hub's clock, for tokens, is wrong by these seconds
+"""What the hub does wrong on demand, as data: KINDS is the list.
 
 `operation` ("retrieve" or "report") narrows those that have to do with a twin operation, `device` (an
 identity's id) all but hanging_tls. `times`: how often it happens. `seconds`: how long from now. Neither:
 until it is cleared.
 """
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-KINDS: dict[str, dict[str, Any]] = {
-    "answer_lost": {},
-    "answer_late": {"seconds_late": 1.0},
-    "answer_doubled": {},
-    "answer_status": {"status": 429, "error_code": None, "body": None},
-    "answer_before_puback": {},
-    "quota": {},
-    "reports_reordered": {},
-    "notification_lost": {},
-    "notification_doubled": {},
-    "notification_stale": {},
-    "notification_reordered": {},
-    "notification_late": {"seconds_late": 1.0},
-    "notification_coalesced": {},
-    "suback_refused": {},
-    "suback_late": {"seconds_late": 1.0},
-    "session_forgotten": {},
-    "connack_refused": {"code": 5},
-    "connack_slow": {"seconds_late": 1.0},
-    "half_open": {},
-    "hanging_tls": {},
-    "cut_in_packet": {},
-    "disconnect": {},
-    "clock_skew": {"offset": 0.0},
+
+class Kind(NamedTuple):
+    """One way to go wrong. text: what happens. parameters: their names and defaults. of_operations: operation
+    narrows it."""
+
+    text: str
+    parameters: dict[str, Any]
+    of_operations: bool
+
+
+def _kind(text: str, of_operations: bool = False, **parameters: Any) -> Kind:
+    return Kind(text, parameters, of_operations)
+
+
+KINDS: dict[str, Kind] = {
+    "answer_lost": _kind("a twin operation is done, its answer never sent", True),
+    "answer_late": _kind("the answer comes this much later", True, seconds_late=1.0),
+    "answer_doubled": _kind("the answer comes twice", True),
+    "answer_status": _kind(
+        "the operation is not done; its answer is this status with this errorCode; "
+        'body "empty" for none, or the text to send instead of the usual JSON',
+        True,
+        status=429,
+        error_code=None,
+        body=None,
+    ),
+    "answer_before_puback": _kind("the answer to a QoS 1 request precedes its PUBACK", True),
+    "quota": _kind("the daily quota is used up: status 403, code 403002", True),
+    "reports_reordered": _kind("a reported patch is applied after the next one", True),
+    "notification_lost": _kind("a desired notification is not sent"),
+    "notification_doubled": _kind("a desired notification is sent twice"),
+    "notification_stale": _kind("after a desired notification an older one is sent again"),
+    "notification_reordered": _kind("a desired notification is held back and sent after the next one"),
+    "notification_late": _kind("a desired notification comes this much later", seconds_late=1.0),
+    "notification_coalesced": _kind("a desired notification is held back and merged into the next one"),
+    "suback_refused": _kind("SUBACK refuses every filter"),
+    "suback_late": _kind("SUBACK comes this much later", seconds_late=1.0),
+    "session_forgotten": _kind("CONNECT finds no session, whatever there was"),
+    "connack_refused": _kind("CONNACK with this return code, then the end", code=5),
+    "connack_slow": _kind("CONNACK comes this much later", seconds_late=1.0),
+    "half_open": _kind("the connection is accepted, CONNECT never answered"),
+    "hanging_tls": _kind("TCP is accepted, the TLS handshake never answered"),
+    "cut_in_packet": _kind("half of the answer is sent, then the connection ends", True),
+    "disconnect": _kind("the connection ends when the operation arrives", True),
+    "clock_skew": _kind("the hub's clock, for tokens, is wrong by these seconds", offset=0.0),
 }
 _OPERATIONS = (None, "retrieve", "report")
-# Those that operation narrows.
-_OF_OPERATIONS = {
-    "answer_lost",
-    "answer_late",
-    "answer_doubled",
-    "answer_status",
-    "answer_before_puback",
-    "quota",
-    "reports_reordered",
-    "cut_in_packet",
-    "disconnect",
-}
 
 
 def _is_number(value: Any) -> bool:
@@ -98,7 +80,10 @@ _PARAMETERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 @dataclass
 class Fault:
-    """One thing that goes wrong. hits: how often it did. ValueError: no such kind, operation or parameter."""
+    """One thing that goes wrong. hits: how often it did. id: its number on its hub, 0 before it is set.
+
+    ValueError: no such kind, operation or parameter.
+    """
 
     kind: str
     device: str | None = None
@@ -107,24 +92,25 @@ class Fault:
     seconds: float | None = None
     parameters: dict[str, Any] = field(default_factory=dict)
     hits: int = 0
+    id: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"no fault {self.kind!r}; there are {', '.join(KINDS)}")
         if self.operation not in _OPERATIONS:
             raise ValueError(f"operation is 'retrieve' or 'report', not {self.operation!r}")
-        if self.operation is not None and self.kind not in _OF_OPERATIONS:
+        if self.operation is not None and not KINDS[self.kind].of_operations:
             raise ValueError(f"{self.kind} has nothing to do with an operation")
         if self.device is not None and self.kind == "hanging_tls":
             raise ValueError("hanging_tls comes before the hub knows which device it is")
-        unknown = self.parameters.keys() - KINDS[self.kind].keys()
+        unknown = self.parameters.keys() - KINDS[self.kind].parameters.keys()
         if unknown:
-            known = ", ".join(KINDS[self.kind]) or "none"
+            known = ", ".join(KINDS[self.kind].parameters) or "none"
             raise ValueError(f"{self.kind} has no parameter {sorted(unknown)[0]!r}; it has {known}")
         for name, value in (("times", self.times), ("seconds", self.seconds)):
             if value is not None and not (_is_number(value) and value >= 0):
                 raise ValueError(f"{name} is a number from 0 up, not {value!r}")
-        self.parameters = {**KINDS[self.kind], **self.parameters}
+        self.parameters = {**KINDS[self.kind].parameters, **self.parameters}
         for name, value in self.parameters.items():
             wanted, right = _PARAMETERS[name]
             if not right(value):
@@ -159,16 +145,17 @@ class Fault:
             "seconds": self.seconds,
             "parameters": dict(self.parameters),
             "hits": self.hits,
+            "id": self.id,
         }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Fault":
         """A fresh fault of what as_dict gave; ValueError for a member that it does not have."""
-        known = {"kind", "device", "operation", "times", "seconds", "parameters", "hits"}
+        known = {"kind", "device", "operation", "times", "seconds", "parameters", "hits", "id"}
         unknown = data.keys() - known
         if unknown or "kind" not in data:
             raise ValueError(f"a fault has no {sorted(unknown)[0]!r}" if unknown else "a fault has a kind")
-        return cls(**{name: value for name, value in data.items() if name != "hits"})
+        return cls(**{name: value for name, value in data.items() if name not in ("hits", "id")})
 
 
 class Faults:
@@ -176,15 +163,14 @@ class Faults:
 
     def __init__(self) -> None:
         self._faults: list[Fault] = []
+        self._ids = itertools.count(1)
+        # Told of every hit.
+        self.taken: Callable[[], None] = lambda: None
 
     def add(self, fault: Fault) -> Fault:
+        fault.id = next(self._ids)
         self._faults = [one for one in self._faults if one.active] + [fault]
         return fault
-
-    def clear(self) -> None:
-        for fault in self._faults:
-            fault.clear()
-        self._faults = []
 
     def active(self) -> list[Fault]:
         return [fault for fault in self._faults if fault.active]
@@ -199,5 +185,6 @@ class Faults:
                 and fault.active
             ):
                 fault.hits += 1
+                self.taken()
                 return fault
         return None

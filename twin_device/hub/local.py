@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from . import certificates, twins
+from .events import Event, Subscription
 from .faults import Fault, Faults
 from .mqtt import Connection, Endpoint, Packet, Session, Settings, Telemetry
 from .registry import Registry
@@ -30,6 +31,7 @@ _log = logging.getLogger("twin_device.hub")
 _CALL_WITHIN = 30.0
 _ADDRESSES = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
 _HANDSHAKE_WITHIN = 20.0
+_PAGE_LIFETIME = 7 * 86400  # seconds
 
 
 class LocalHub:
@@ -82,7 +84,6 @@ class LocalHub:
         self._gate = threading.RLock()
         self._listeners: list[tuple[socket.socket, asyncio.Task[None]]] = []
         self._greeting: set[asyncio.Task[None]] = set()
-        self._hanging: list[socket.socket] = []
         self._runner: Any = None
         # Counts changes, so that a waiter cannot miss the one that comes while it looks.
         self._changes = 0
@@ -271,7 +272,7 @@ class LocalHub:
                 await asyncio.sleep(0.1)
                 continue
             if name == "mqtts" and self._faults.take("hanging_tls"):
-                self._hanging.append(raw)
+                self._endpoint.hanging.append(raw)
                 continue
             task = loop.create_task(self._greet(raw, name))
             self._greeting.add(task)
@@ -301,9 +302,9 @@ class LocalHub:
             for task in list(tasks):
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        for raw in [listener for listener, _ in listeners] + self._hanging:
+        for raw in [listener for listener, _ in listeners] + self._endpoint.hanging:
             raw.close()
-        self._hanging = []
+        self._endpoint.hanging = []
         self._endpoint.drop_all()
         while self._endpoint.open:
             await asyncio.sleep(0)
@@ -375,6 +376,26 @@ class LocalHub:
         host = self._registry.host_names[0] + ("" if port in (None, 443) else f":{port}")
         return f"HostName={host};SharedAccessKeyName=iothubowner;SharedAccessKey={self._registry.policy_key}"
 
+    @property
+    def page_url(self) -> str | None:
+        """The web page's address, with a token of policy iothubowner that is good for a week; None if neither
+        HTTP nor HTTPS is on. Plaintext if it is on: browsers do not know the hub's CA."""
+        port = self.http_port or self.https_port
+        if port is None:
+            return None
+        token = self._registry.token("iothubowner", int(time.time()) + _PAGE_LIFETIME)
+        # The part behind "#" never leaves the browser. localhost: other names need not lead here.
+        return f"http{'' if self.http_port else 's'}://localhost:{port}/#{quote(token, safe='')}"
+
+    # ------------------------------------------------------------------ events
+
+    def events(self, *sources: str, device: "str | Device | None" = None, timeout: float = 5.0) -> "Events":
+        """What happens from now on, to iterate over; events.py lists the sources, none are all but packets.
+
+        timeout: seconds to wait for each event. ValueError: there is no such source.
+        """
+        return Events(self, sources, device.id if isinstance(device, Device) else device, timeout)
+
     # ------------------------------------------------------------------ devices
 
     def create_device(
@@ -394,10 +415,10 @@ class LocalHub:
         twin = self._valid(lambda: twins.new(desired or {}, tags or {}, rules))
 
         def create() -> None:
-            self._endpoint.create(self._registry.create(device_id, key), twin)
-            owner = device_id.partition("/")[0]
-            if owner not in self._registry.identities:
-                self._endpoint.create(self._registry.create(owner))
+            identity = self._registry.create(device_id, key)
+            if identity.device_id not in self._registry.identities:
+                self._endpoint.create(self._registry.create(identity.device_id))
+            self._endpoint.create(identity, twin)
 
         self._call(create)
         return Device(self, device_id)
@@ -434,7 +455,7 @@ class LocalHub:
         """Have something go wrong from now on; faults.py lists what. ValueError: no such thing."""
         name = device.id if isinstance(device, Device) else device
         fault = Fault(kind, name, operation, times, seconds, parameters)
-        return self._call(lambda: self._faults.add(fault))
+        return self._call(lambda: self._endpoint.add_fault(fault))
 
     @property
     def faults(self) -> list[Fault]:
@@ -443,28 +464,11 @@ class LocalHub:
 
     def clear_faults(self) -> None:
         """Have nothing go wrong any more. Handshakes that hang end."""
-
-        def clear() -> None:
-            self._faults.clear()
-            for raw in self._hanging:
-                raw.close()
-            self._hanging = []
-
-        self._call(clear)
+        self._call(self._endpoint.clear_faults)
 
     def forget_sessions(self) -> None:
         """Forget what devices subscribed to and which messages wait for them; connected ones go deaf."""
-
-        def forget() -> None:
-            self._endpoint.sessions.clear()
-            for connection in self._endpoint.connections.values():
-                connection.forget()
-            for name in self._registry.identities:
-                self._endpoint.keep(name)
-            for waiting in self._endpoint.messages.values():
-                waiting.clear()
-
-        self._call(forget)
+        self._call(self._endpoint.forget_sessions)
 
     def snapshot(self) -> Any:
         """All twins as they are, for fail_over()."""
@@ -477,6 +481,66 @@ class LocalHub:
             self._endpoint.restore(copy.deepcopy(snapshot))
 
         self._call(restore)
+
+
+class Events:
+    """An iterator over a hub's events that ends when it is closed, or used as a context that ends.
+
+    next() raises TimeoutError when nothing came in time. lost: how many events were dropped, since more than
+    10,000 waited.
+    """
+
+    def __init__(self, hub: LocalHub, sources: tuple[str, ...], device: str | None, timeout: float) -> None:
+        self._hub = hub
+        self._timeout = timeout
+        self._publisher = hub._endpoint.events
+        self._subscription: Subscription | None = hub._call(
+            lambda: self._publisher.subscribe(sources, device, hub._note_change)
+        )
+        self.lost = 0
+
+    def __iter__(self) -> "Events":
+        return self
+
+    def __next__(self) -> Event:
+        deadline = time.monotonic() + self._timeout
+        hub = self._hub
+        while True:
+            seen = hub._changes
+            event = hub._call(self._take)
+            if event is not None:
+                return event
+            if self._subscription is None:
+                raise StopIteration
+            with hub._changed:
+                left = deadline - time.monotonic()
+                if left <= 0 or (hub._changes == seen and not hub._changed.wait(left)):
+                    raise TimeoutError(f"no event came within {self._timeout:g} s")
+
+    def _take(self) -> Event | None:
+        if self._subscription is None:
+            return None
+        self.lost += self._subscription.take_lost()
+        return self._subscription.take()
+
+    def close(self) -> None:
+        """Listen no more; iterations end."""
+
+        def close() -> None:
+            if self._subscription is not None:
+                self._publisher.unsubscribe(self._subscription)
+                self._subscription = None
+                self._hub._note_change()
+
+        self._hub._call(close)
+
+    def __enter__(self) -> "Events":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 class Device:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
 
 from . import events, twins
-from .faults import Faults
+from .faults import Fault, Faults
 from .registry import Claim, Disabled, Identity, Refused, Registry
 
 if TYPE_CHECKING:
@@ -197,6 +197,7 @@ class Endpoint:
     ) -> None:
         self.registry = registry
         self.faults = faults
+        faults.taken = self.tell_faults
         self.settings = settings
         self.changed = changed
         self.events = events.Publisher(registry.host_names[0])
@@ -207,6 +208,8 @@ class Endpoint:
         # Every connection, also those that have not said yet who they are.
         self.open: set[Connection] = set()
         self.connects: dict[str, int] = {}
+        # Connections whose TLS handshake is never answered, by a fault.
+        self.hanging: list[socket.socket] = []
         self.packets: dict[str, deque[Packet]] = {}
         self.telemetry: dict[str, deque[Telemetry]] = {}
         self.messages: dict[str, deque[_Message]] = {}
@@ -407,6 +410,39 @@ class Endpoint:
             connection.deliver(
                 _DESIRED_FILTER, f"$iothub/twin/PATCH/properties/desired/?$version={shown}", body
             )
+
+    # ------------------------------------------------------------------ what goes wrong
+
+    def add_fault(self, fault: Fault) -> Fault:
+        self.faults.add(fault)
+        self.tell_faults()
+        return fault
+
+    def clear_faults(self, chosen: Fault | None = None) -> None:
+        """Have this fault, or none at all, happen any more. Handshakes that hang end."""
+        for fault in [chosen] if chosen is not None else self.faults.active():
+            fault.clear()
+        if not any(fault.kind == "hanging_tls" for fault in self.faults.active()):
+            for raw in self.hanging:
+                raw.close()
+            self.hanging = []
+        self.tell_faults()
+
+    def tell_faults(self) -> None:
+        """Tell whoever listens which faults are active now."""
+        if self.events.wants(events.FAULTS):
+            body = [fault.as_dict() for fault in self.faults.active()]
+            self.events.publish(events.FAULTS, "", {}, {}, body)
+
+    def forget_sessions(self) -> None:
+        """Forget what devices subscribed to and which messages wait for them; connected ones go deaf."""
+        self.sessions.clear()
+        for connection in self.connections.values():
+            connection.forget()
+        for name in self.registry.identities:
+            self.keep(name)
+        for waiting in self.messages.values():
+            waiting.clear()
 
     # ------------------------------------------------------------------ cloud-to-device messages
 
@@ -624,20 +660,9 @@ class Connection(asyncio.Protocol):
         else:
             log.append(packet)
             if self._endpoint.events.wants(events.PACKETS):
-                self._tell_packet(packet)
+                self._endpoint.events.publish(events.PACKETS, self._id, {}, {}, told(packet))
             if _log.isEnabledFor(logging.DEBUG):
                 _log.debug("%s %s %s %s %r", self._id, direction, packet.kind, topic or "", payload[:200])
-
-    def _tell_packet(self, packet: Packet) -> None:
-        body = {
-            "direction": packet.direction,
-            "kind": packet.kind,
-            "topic": packet.topic,
-            "qos": packet.qos,
-            "size": len(packet.payload),
-            "payload": packet.payload[:_TOLD_PAYLOAD].decode(errors="replace"),
-        }
-        self._endpoint.events.publish(events.PACKETS, self._id, {}, {}, body)
 
     # ------------------------------------------------------------------ CONNECT
 
@@ -721,7 +746,7 @@ class Connection(asyncio.Protocol):
         endpoint.packets[self._id].extend(self._early)
         if endpoint.events.wants(events.PACKETS):
             for packet in self._early:
-                self._tell_packet(packet)
+                self._endpoint.events.publish(events.PACKETS, self._id, {}, {}, told(packet))
         if clean or self._faults.take("session_forgotten", self._id):
             endpoint.sessions.pop(self._id, None)
         if clean:
@@ -1079,6 +1104,18 @@ class _Reader:
     def end(self) -> None:
         if self.left:
             raise Violation("a packet that is longer than its fields")
+
+
+def told(packet: Packet) -> dict[str, Any]:
+    """A packet as JSON, its payload as text and cut short."""
+    return {
+        "direction": packet.direction,
+        "kind": packet.kind,
+        "topic": packet.topic,
+        "qos": packet.qos,
+        "size": len(packet.payload),
+        "payload": packet.payload[:_TOLD_PAYLOAD].decode(errors="replace"),
+    }
 
 
 def _packet(kind: int, flags: int, body: bytes) -> bytes:

@@ -10,7 +10,7 @@ import hmac
 import re
 import secrets
 from dataclasses import dataclass, field
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 _ID = re.compile(r"[A-Za-z0-9\-:.+%_#*?!(),=@;$']{1,128}\Z")
 # Rights of the policies that every hub begins with.
@@ -169,6 +169,15 @@ class Registry:
             raise Refused("the token names no policy of this hub (skn)")
         self._verify(fields, [self.policy_key], path, now)
         return _POLICIES[policy]
+
+    def token(self, policy: str, expiry: int) -> str:
+        """A back end's token for the whole hub. expiry: Unix seconds."""
+        resource = quote(self.host_names[0], safe="")
+        digest = hmac.digest(
+            base64.b64decode(self.policy_key), f"{resource}\n{expiry}".encode(), hashlib.sha256
+        )
+        signature = quote(base64.b64encode(digest), safe="")
+        return f"SharedAccessSignature sr={resource}&sig={signature}&se={expiry}&skn={policy}"
 
     def _check_token(self, identity: Identity, token: str, now: float) -> float:
         fields = _parse_token(token)

@@ -1,25 +1,22 @@
 """The back end's REST API: identities, twins, queries.
 
-Sources: IoT Hub REST reference (api-version 2021-04-12) and "Understand the identity registry". A failure
-has a status, a header `iothub-errorcode`, and a body in one of the three shapes that the service is seen to
-send; Settings.service_error chooses.
+Sources: IoT Hub REST reference (api-version 2021-04-12) and "Understand the identity registry".
 """
 
 import base64
 import binascii
 import hashlib
-import json
 import logging
 import time
-import uuid
 from collections.abc import Awaitable, Callable
-from datetime import datetime, timezone
 from typing import Any
 
 from aiohttp import web
 
 from . import query, twins
+from .console import Console
 from .mqtt import Endpoint
+from .problem import Problem
 from .registry import Identity, Refused, check_key
 
 _log = logging.getLogger("twin_device.hub")
@@ -30,32 +27,6 @@ _MAX_LIST = 1000
 _PAGE = 100
 _STATUSES = ("enabled", "disabled")
 _AUTHENTICATION = ("sas", "selfSigned", "certificateAuthority", "none")
-_NAMES = {
-    400003: "InvalidOperation",
-    400004: "ArgumentInvalid",
-    400006: "IotHubFormatError",
-    401002: "IotHubUnauthorizedAccess",
-    403100: "DeviceModelMaxPropertiesExceeded",
-    404001: "DeviceNotFound",
-    404010: "ModuleNotFound",
-    405000: "MethodNotAllowed",
-    409001: "DeviceAlreadyExists",
-    409301: "ModuleAlreadyExistsOnDevice",
-    412001: "PreconditionFailed",
-    413001: "MessageTooLarge",
-    500001: "ServerError",
-}
-
-
-class _Problem(Exception):
-    """A request that is refused. code: IoT Hub's; its first three digits are the status."""
-
-    def __init__(self, code: int, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-        self.message = message
-
-
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -69,6 +40,8 @@ class Service:
     def application(self) -> web.Application:
         """What an aiohttp server serves."""
         application = web.Application(middlewares=[self._answer], client_max_size=_MAX_BODY)
+        console = Console(self._endpoint)
+        application.on_shutdown.append(console.close)
         for method, path, right, handler in (
             ("GET", "/devices", "RegistryRead", self._list_devices),
             ("GET", "/devices/", "RegistryRead", self._list_devices),
@@ -88,6 +61,7 @@ class Service:
             ("PUT", "/twins/{device}/modules/{module}", "ServiceConnect", self._write_twin),
             ("GET", "/statistics/devices", "RegistryRead", self._device_statistics),
             ("GET", "/statistics/service", "ServiceConnect", self._service_statistics),
+            *console.routes(),
         ):
             application.router.add_route(method, path, self._guarded(right, handler))
         return application
@@ -95,15 +69,18 @@ class Service:
     # ------------------------------------------------------------------ every request
 
     def _guarded(self, right: str, handler: _Handler) -> _Handler:
+        if not right:
+            return handler
+
         async def guarded(request: web.Request) -> web.StreamResponse:
             try:
                 rights = self._registry.authorize(
                     request.headers.get("Authorization", ""), request.path, time.time()
                 )
             except Refused as error:
-                raise _Problem(401002, f"Unauthorized: {error}") from None
+                raise Problem(401002, f"Unauthorized: {error}") from None
             if right not in rights:
-                raise _Problem(401002, f"Unauthorized: the policy does not grant {right}")
+                raise Problem(401002, f"Unauthorized: the policy does not grant {right}")
             return await handler(request)
 
         return guarded
@@ -112,46 +89,24 @@ class Service:
     async def _answer(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
         try:
             return await handler(request)
-        except _Problem as error:
-            return self._problem(error.code, error.message)
+        except Problem as error:
+            problem = error
         except twins.Invalid as error:
-            return self._problem(error.code, error.message)
+            problem = Problem(error.code, error.message)
         except query.QueryError as error:
-            return self._problem(400004, str(error))
+            problem = Problem(400004, str(error))
         except web.HTTPRequestEntityTooLarge:
-            return self._problem(413001, f"A request has at most {_MAX_BODY} bytes.")
+            problem = Problem(413001, f"A request has at most {_MAX_BODY} bytes.")
         except web.HTTPNotFound:
-            return self._problem(404001, f"There is no {request.path}.", name="ResourceNotFound")
+            problem = Problem(404001, f"There is no {request.path}.", "ResourceNotFound")
         except web.HTTPMethodNotAllowed:
-            return self._problem(405000, f"{request.method} is not for {request.path}.")
+            problem = Problem(405000, f"{request.method} is not for {request.path}.")
         except web.HTTPException:
             raise
         except Exception:  # noqa: BLE001  # no request may take the hub down
             _log.exception("an error of the hub in %s %s", request.method, request.path)
-            return self._problem(500001, "An error of the local hub; its log tells more.")
-
-    def _problem(self, code: int, message: str, name: str | None = None) -> web.Response:
-        name = name or _NAMES.get(code, "GenericBadRequest")
-        now = datetime.now(timezone.utc)
-        tracking = f"{uuid.uuid4().hex}-G:0-TimeStamp:{now:%m/%d/%Y %H:%M:%S}"
-        exception = f"Tracking ID:{tracking}"
-        details = {
-            "errorCode": code,
-            "trackingId": tracking,
-            "message": message,
-            "timestampUtc": now.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
-        }
-        shape = self._endpoint.settings.service_error
-        text: Any = f"ErrorCode:{name};{message}"
-        if shape == "object":
-            text = details
-        elif shape == "text":
-            text = json.dumps(details)
-        return web.json_response(
-            {"Message": text, "ExceptionMessage": exception},
-            status=code // 1000,
-            headers={"iothub-errorcode": name},
-        )
+            problem = Problem(500001, "An error of the local hub; its log tells more.")
+        return problem.response(self._endpoint.settings.service_error)
 
     async def _body(self, request: web.Request) -> Document:
         payload = await request.read()
@@ -163,8 +118,8 @@ class Service:
         if identity is None:
             device = request.match_info["device"]
             if "module" in request.match_info and device in self._registry.identities:
-                raise _Problem(404010, f"Module {name} not registered")
-            raise _Problem(404001, f"Device {device} not registered")
+                raise Problem(404010, f"Module {name} not registered")
+            raise Problem(404001, f"Device {device} not registered")
         return identity
 
     # ------------------------------------------------------------------ identities
@@ -207,7 +162,7 @@ class Service:
     async def _list_devices(self, request: web.Request) -> web.Response:
         top = request.query.get("top", str(_MAX_LIST))
         if not (top.isascii() and top.isdigit() and 1 <= int(top) <= _MAX_LIST):
-            raise _Problem(400004, f"top is a number from 1 to {_MAX_LIST}.")
+            raise Problem(400004, f"top is a number from 1 to {_MAX_LIST}.")
         found = [one for one in self._registry.identities.values() if one.module_id is None]
         return web.json_response([self._identity_view(one) for one in found[: int(top)]])
 
@@ -229,7 +184,7 @@ class Service:
         for member in ("deviceId", "moduleId"):
             wanted = request.match_info.get(member[:-2])
             if body.get(member) is not None and body[member] != wanted:
-                raise _Problem(400004, f"{member} in the body is not the one in the path.")
+                raise Problem(400004, f"{member} in the body is not the one in the path.")
         condition = request.headers.get("If-Match")
         existing = self._registry.identities.get(name)
         # All that can be refused is looked at before anything is changed.
@@ -237,16 +192,16 @@ class Service:
         if condition is None:
             if existing is not None:
                 what, code = ("module", 409301) if existing.module_id else ("device", 409001)
-                raise _Problem(code, f"A {what} with ID '{name}' is already registered.")
+                raise Problem(code, f"A {what} with ID '{name}' is already registered.")
             if (
                 "module" in request.match_info
                 and request.match_info["device"] not in self._registry.identities
             ):
-                raise _Problem(404001, f"Device {request.match_info['device']} not registered")
+                raise Problem(404001, f"Device {request.match_info['device']} not registered")
             try:
                 identity = self._registry.create(name)
             except ValueError as error:
-                raise _Problem(400004, str(error)) from None
+                raise Problem(400004, str(error)) from None
             self._endpoint.create(identity)
         else:
             identity = self._identity(request)
@@ -264,7 +219,7 @@ class Service:
         identity = self._identity(request)
         condition = request.headers.get("If-Match")
         if condition is None:
-            raise _Problem(412001, 'Precondition failed: a delete needs If-Match, "*" or the ETag.')
+            raise Problem(412001, 'Precondition failed: a delete needs If-Match, "*" or the ETag.')
         _check_condition(condition, identity.etag)
         for name in self._registry.delete(identity.id):
             self._endpoint.delete(name)
@@ -298,7 +253,7 @@ class Service:
         body = await self._body(request)
         text = body.get("query")
         if not isinstance(text, str):
-            raise _Problem(400004, "The body has no query.")
+            raise Problem(400004, "The body has no query.")
         parsed = query.parse(text)
         if parsed.collection == "devices.jobs":
             documents: list[Document] = []
@@ -313,7 +268,7 @@ class Service:
         start = _continued(request.headers.get("x-ms-continuation"), text)
         size = request.headers.get("x-ms-max-item-count", str(_PAGE))
         if not (size.isascii() and size.isdigit() and int(size) > 0):
-            raise _Problem(400004, "x-ms-max-item-count is a number from 1 up.")
+            raise Problem(400004, "x-ms-max-item-count is a number from 1 up.")
         end = start + min(int(size), _PAGE)
         headers = {"x-ms-item-type": "raw" if parsed.is_raw else "twin"}
         if end < len(rows):
@@ -342,7 +297,7 @@ def _name(request: web.Request) -> str:
 
 def _check_condition(condition: str, etag: str) -> None:
     if condition.strip().strip('"') not in ("*", etag):
-        raise _Problem(
+        raise Problem(
             412001, "Precondition failed: Invalid ETag, the identity or twin was changed meanwhile."
         )
 
@@ -351,23 +306,23 @@ def _identity_settings(body: Document) -> Document:
     """What a PUT says of an identity: the arguments of Identity.change."""
     status = body.get("status") or "enabled"
     if status not in _STATUSES:
-        raise _Problem(400004, f"status is enabled or disabled, not {status!r}.")
+        raise Problem(400004, f"status is enabled or disabled, not {status!r}.")
     reason = body.get("statusReason")
     authentication = body.get("authentication") or {}
     if not isinstance(authentication, dict) or not isinstance(reason, str | None):
-        raise _Problem(400004, "authentication is no object, or statusReason no string.")
+        raise Problem(400004, "authentication is no object, or statusReason no string.")
     kind = authentication.get("type") or "sas"
     if kind not in _AUTHENTICATION:
-        raise _Problem(400004, f"authentication.type is one of {', '.join(_AUTHENTICATION)}.")
+        raise Problem(400004, f"authentication.type is one of {', '.join(_AUTHENTICATION)}.")
     keys, thumbprints = authentication.get("symmetricKey") or {}, authentication.get("x509Thumbprint") or {}
     if not isinstance(keys, dict) or not isinstance(thumbprints, dict):
-        raise _Problem(400004, "symmetricKey or x509Thumbprint is no object.")
+        raise Problem(400004, "symmetricKey or x509Thumbprint is no object.")
     try:
         primary, secondary = (
             check_key(keys[name]) if keys.get(name) else None for name in ("primaryKey", "secondaryKey")
         )
     except (ValueError, TypeError):
-        raise _Problem(400004, "A key in symmetricKey is not base64.") from None
+        raise Problem(400004, "A key in symmetricKey is not base64.") from None
     return {
         "enabled": status == "enabled",
         "status_reason": reason,
@@ -393,5 +348,5 @@ def _continued(token: str | None, text: str) -> int:
     except (binascii.Error, ValueError):
         start = -1
     if start < 0 or _continuation(text, start) != token:
-        raise _Problem(400004, "x-ms-continuation is not of this query.")
+        raise Problem(400004, "x-ms-continuation is not of this query.")
     return start
