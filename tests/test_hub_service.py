@@ -454,7 +454,7 @@ def test_a_bad_query_is_refused(backend: Backend, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("GET", "/nowhere", 404), ("POST", "/twins/sensor-1", 405), ("GET", "/", 404)],
+    [("GET", "/nowhere", 404), ("POST", "/twins/sensor-1", 405), ("GET", "/page/nowhere", 404)],
 )
 def test_what_is_not_there_says_so(backend: Backend, method: str, path: str, status: int) -> None:
     answer = backend.ask(method, path)
