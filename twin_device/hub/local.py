@@ -21,6 +21,7 @@ from urllib.parse import quote
 from . import certificates, twins
 from .events import Event, Subscription
 from .faults import Fault, Faults
+from .jobs import Jobs
 from .mqtt import Connection, Endpoint, Packet, Session, Settings, Telemetry
 from .registry import Registry
 
@@ -41,7 +42,7 @@ class LocalHub:
     is any free port, None is off; all listen on loopback only. host_names: the names that the hub goes by;
     connection strings carry the first. owner_key: base64, the key of the hub's policies; made when None.
     certificates: a folder with ca.pem and server.pem, made there when it is empty; None for one that goes
-    away with the hub. data: a folder that keeps identities, twins and sessions over a restart; None for
+    away with the hub. data: a folder that keeps identities, twins, sessions and jobs over a restart; None for
     memory alone. settings: those of mqtt.Settings, by their names: what sources do not agree on, and limits.
     ValueError names what is wrong with an argument.
     """
@@ -70,6 +71,7 @@ class LocalHub:
         self._data = None if data is None else Path(data)
         self._faults = Faults()
         self._endpoint = Endpoint(self._registry, self._faults, chosen, self._note_change)
+        self._jobs = Jobs(self._endpoint)
         self._wanted = {"mqtts": mqtts_port, "mqtt": mqtt_port}
         self._wanted_http = {"https": https_port, "http": http_port}
         self._ports: dict[str, int] = {}
@@ -114,6 +116,7 @@ class LocalHub:
             self._thread.start()
             try:
                 self.listen_again()
+                self._call(self._jobs.start)
                 self._wait(self._serve())
             except BaseException:
                 self.close()
@@ -125,6 +128,7 @@ class LocalHub:
             if self._thread is None or self._loop is None:
                 return
             self._wait(self._shut_down())
+            self._wait(self._jobs.close())
             self._wait(self._stop_serving())
             with self._gate:
                 self._loop.call_soon_threadsafe(self._loop.stop)
@@ -168,6 +172,7 @@ class LocalHub:
                 if subscriptions is not None:
                     endpoint.sessions[identity.id] = Session(subscriptions, persistent=True)
         endpoint.storage = storage
+        self._jobs.load(storage)
         for name in registry.identities:
             endpoint.keep(name)
 
@@ -207,7 +212,7 @@ class LocalHub:
         from .service import Service
 
         self._runner = web.AppRunner(
-            Service(self._endpoint).application(), access_log=None, shutdown_timeout=1.0
+            Service(self._endpoint, self._jobs).application(), access_log=None, shutdown_timeout=1.0
         )
         await self._runner.setup()
         for name, wanted in self._wanted_http.items():

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from . import events, twins
 from .faults import Fault, Faults
@@ -43,7 +43,10 @@ _MAX_C2D_SIZE = 64 * 1024 - 1
 # What "$iothub/twin/res/{status}/?$rid={rid}&$version={version}" leaves of a topic's 65,535 bytes.
 _MAX_RID = 65535 - 64
 _TWIN_FILTERS = ("$iothub/twin/res/#", "$iothub/twin/PATCH/properties/desired/#", "$iothub/methods/POST/#")
-_RESPONSE_FILTER, _DESIRED_FILTER = _TWIN_FILTERS[:2]
+_RESPONSE_FILTER, _DESIRED_FILTER, _METHOD_FILTER = _TWIN_FILTERS
+_METHOD_ANSWER = re.compile(r"\$iothub/methods/res/(-?[0-9]{1,9})/?\Z")
+_MAX_METHOD_PAYLOAD = 128 * 1024
+_MAX_CALLS = 100
 _RETRIEVE_PATH = "$iothub/twin/GET"
 _REPORT_PATH = "$iothub/twin/PATCH/properties/reported"
 _SYSTEM_PROPERTIES = {
@@ -90,6 +93,19 @@ class Telemetry(NamedTuple):
     payload: bytes
     properties: dict[str, str]
     system: dict[str, str]
+
+
+class MethodFailed(Exception):
+    """A direct method was not answered.
+
+    code: IoT Hub's: 404103 not online, 404104 the connection ended, 504101 no answer in time, 403800 too many
+    at once, 413001 too large.
+    """
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
 
 
 class Violation(Exception):
@@ -213,6 +229,11 @@ class Endpoint:
         self.packets: dict[str, deque[Packet]] = {}
         self.telemetry: dict[str, deque[Telemetry]] = {}
         self.messages: dict[str, deque[_Message]] = {}
+        # Direct methods that wait for their answer, by identity and $rid.
+        self._calls: dict[str, dict[str, asyncio.Future[tuple[int, bytes]]]] = {}
+        self._call_id = 0
+        # Those that wait for a device to come and subscribe.
+        self._arrivals: dict[str, set[asyncio.Future[None]]] = {}
         self._held_reports: dict[str, Callable[[], None]] = {}
         self._held_notifications: dict[str, _Held] = {}
         self._sent_notifications: dict[str, tuple[twins.Document, int]] = {}
@@ -457,6 +478,78 @@ class Endpoint:
         if connection is not None:
             connection.deliver_messages()
 
+    # ------------------------------------------------------------------ direct methods
+
+    async def invoke(
+        self, identity_id: str, name: str, payload: bytes, connect_within: float, respond_within: float
+    ) -> tuple[int, bytes]:
+        """Have a device perform a direct method: its status and payload, which is JSON or empty.
+
+        connect_within: seconds to wait for a device that is not there. respond_within: seconds for its
+        answer. MethodFailed: there is none.
+        """
+        if len(payload) > _MAX_METHOD_PAYLOAD:
+            raise MethodFailed(413001, "A direct method's payload has 128 KB at most.")
+        calls = self._calls.setdefault(identity_id, {})
+        if len(calls) >= _MAX_CALLS:
+            raise MethodFailed(403800, f"{_MAX_CALLS} direct methods wait for the device already.")
+        loop = asyncio.get_running_loop()
+        self._call_id += 1
+        request_id = f"{self._call_id:x}"
+        answer = calls[request_id] = loop.create_future()
+        try:
+            if not self._takes_methods(identity_id) and connect_within:
+                await self._arrival(identity_id, connect_within)
+            if not self._takes_methods(identity_id):
+                raise MethodFailed(404103, "The operation failed because the requested device isn't online.")
+            topic = f"$iothub/methods/POST/{quote(name, safe='')}/?$rid={request_id}"
+            self.connections[identity_id].deliver(_METHOD_FILTER, topic, payload)
+            return await asyncio.wait_for(answer, respond_within)
+        except asyncio.TimeoutError:
+            raise MethodFailed(504101, "Timed out waiting for the response from device.") from None
+        finally:
+            if answer.done() and not answer.cancelled():
+                answer.exception()  # seen, also when nobody waits for it any more
+            calls.pop(request_id, None)
+            if not calls:
+                self._calls.pop(identity_id, None)
+
+    def _takes_methods(self, identity_id: str) -> bool:
+        connection = self.connections.get(identity_id)
+        return connection is not None and connection.granted(_METHOD_FILTER) is not None
+
+    async def _arrival(self, identity_id: str, within: float) -> None:
+        arrived: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._arrivals.setdefault(identity_id, set()).add(arrived)
+        try:
+            await asyncio.wait({arrived}, timeout=within)
+        finally:
+            waiting = self._arrivals.get(identity_id, set())
+            waiting.discard(arrived)
+            if not waiting:
+                self._arrivals.pop(identity_id, None)
+
+    def arrived(self, identity_id: str) -> None:
+        """The device is connected or has subscribed: methods that waited for it may go."""
+        if identity_id in self._arrivals and self._takes_methods(identity_id):
+            for arrived in self._arrivals.pop(identity_id):
+                if not arrived.done():
+                    arrived.set_result(None)
+
+    def left(self, identity_id: str) -> None:
+        """The device's connection has ended: nobody will answer."""
+        for answer in self._calls.get(identity_id, {}).values():
+            if not answer.done():
+                answer.set_exception(
+                    MethodFailed(404104, "The device closed its connection before it answered.")
+                )
+
+    def method_answered(self, identity_id: str, request_id: str, status: int, payload: bytes) -> None:
+        """Take a device's answer; one that nobody waits for any more is dropped."""
+        answer = self._calls.get(identity_id, {}).get(request_id)
+        if answer is not None and not answer.done():
+            answer.set_result((status, payload))
+
     # ------------------------------------------------------------------ twin operations
 
     def throttled(self, operation: str) -> bool:
@@ -568,6 +661,7 @@ class Connection(asyncio.Protocol):
         if endpoint.connections.get(self._id) is self:
             del endpoint.connections[self._id]
             self._session.left = self._loop.time()
+            endpoint.left(self._id)
             if endpoint.events.wants(events.CONNECTIONS):
                 endpoint.events.notify(events.CONNECTIONS, self._id, "deviceDisconnected", None)
         if not self._session.persistent and endpoint.sessions.get(self._id) is self._session:
@@ -765,6 +859,7 @@ class Connection(asyncio.Protocol):
             endpoint.events.notify(events.CONNECTIONS, self._id, "deviceConnected", None)
         self._send(2, 0, bytes((1 if present else 0, 0)))
         self.deliver_messages()
+        endpoint.arrived(self._id)
         endpoint.changed()
         if self._buffer:
             # What came in while CONNACK was slow.
@@ -805,6 +900,7 @@ class Connection(asyncio.Protocol):
         else:
             self._send(9, 0, answer)
         self.deliver_messages()
+        self._endpoint.arrived(self._id)
 
     def _filters(self) -> tuple[str, ...]:
         identity = self._identity()
@@ -853,6 +949,7 @@ class Connection(asyncio.Protocol):
         elif path == _REPORT_PATH and mark:
             self._operation("report", query, payload, acknowledge)
         elif topic.startswith("$iothub/methods/res/"):
+            self._method_answer(path, query, payload)
             acknowledge()
         else:
             extra = {}
@@ -862,6 +959,15 @@ class Connection(asyncio.Protocol):
                 extra["mqtt-dup"] = "true"
             self._telemetry(topic, payload, extra)
             acknowledge()
+
+    def _method_answer(self, path: str, query: str, payload: bytes) -> None:
+        match = _METHOD_ANSWER.match(path)
+        if match is None:
+            raise Violation("an answer to a direct method without a status")
+        if len(payload) > _MAX_METHOD_PAYLOAD:
+            raise Violation("an answer to a direct method of more than 128 KB")
+        request_id = _parameters(query).get("$rid", "")
+        self._endpoint.method_answered(self._id, request_id, int(match[1]), payload)
 
     def _telemetry(self, topic: str, payload: bytes, extra: dict[str, str]) -> None:
         found = _telemetry_properties(self._identity(), topic)
@@ -877,10 +983,7 @@ class Connection(asyncio.Protocol):
     # ------------------------------------------------------------------ twin operations
 
     def _operation(self, operation: str, query: str, payload: bytes, acknowledge: Callable[[], None]) -> None:
-        parameters: dict[str, str] = {}
-        for pair in query.split("&"):
-            name, _, value = pair.partition("=")
-            parameters.setdefault(unquote(name), value)
+        parameters = _parameters(query)
         request_id = parameters.get("$rid", "")
         if operation == "retrieve" and not request_id:
             raise Violation("a retrieve without $rid")
@@ -1131,6 +1234,14 @@ def _packet(kind: int, flags: int, body: bytes) -> bytes:
 def _text(text: str) -> bytes:
     data = text.encode()
     return len(data).to_bytes(2, "big") + data
+
+
+def _parameters(query: str) -> dict[str, str]:
+    parameters: dict[str, str] = {}
+    for pair in query.split("&"):
+        name, _, value = pair.partition("=")
+        parameters.setdefault(unquote(name), value)
+    return parameters
 
 
 def _properties(body: twins.Document) -> twins.Document:

@@ -28,6 +28,7 @@ _NAMES = {
     413001: "MessageTooLarge",
     413002: "TooManyDevices",
     500001: "ServerError",
+    502000: "GenericBadGateway",
     503001: "ServiceUnavailable",
     504101: "GatewayTimeout",
 }

@@ -1,4 +1,4 @@
-"""The back end's REST API: identities, twins, queries.
+"""The back end's REST API: identities, twins, direct methods, queries, jobs.
 
 Sources: IoT Hub REST reference (api-version 2021-04-12) and "Understand the identity registry".
 """
@@ -15,9 +15,10 @@ from aiohttp import web
 
 from . import query, twins
 from .console import Console
-from .mqtt import Endpoint
+from .jobs import JobRefused, Jobs, invoked, method_of
+from .mqtt import Endpoint, MethodFailed
 from .problem import Problem
-from .registry import Identity, Refused, check_key
+from .registry import Identity, Refused, check_key, make_key
 
 _log = logging.getLogger("twin_device.hub")
 Document = dict[str, Any]
@@ -25,6 +26,21 @@ Document = dict[str, Any]
 _MAX_BODY = 1024 * 1024
 _MAX_LIST = 1000
 _PAGE = 100
+_MAX_BULK = 100
+# By what they are in lower case: clients differ.
+_IMPORT_MODES = {
+    mode.lower(): mode
+    for mode in (
+        "create",
+        "createOrUpdate",
+        "update",
+        "updateIfMatchETag",
+        "delete",
+        "deleteIfMatchETag",
+        "updateTwin",
+        "updateTwinIfMatchETag",
+    )
+}
 _STATUSES = ("enabled", "disabled")
 _AUTHENTICATION = ("sas", "selfSigned", "certificateAuthority", "none")
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -33,9 +49,11 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class Service:
     """The REST API over one hub's devices. Everything here runs in the hub's event loop."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint, jobs: Jobs) -> None:
         self._endpoint = endpoint
+        self._jobs = jobs
         self._registry = endpoint.registry
+        self._rules = endpoint.settings.rules
 
     def application(self) -> web.Application:
         """What an aiohttp server serves."""
@@ -45,6 +63,7 @@ class Service:
         for method, path, right, handler in (
             ("GET", "/devices", "RegistryRead", self._list_devices),
             ("GET", "/devices/", "RegistryRead", self._list_devices),
+            ("POST", "/devices", "RegistryWrite", self._bulk),
             ("POST", "/devices/query", "ServiceConnect", self._query),
             ("GET", "/devices/{device}", "RegistryRead", self._get_identity),
             ("PUT", "/devices/{device}", "RegistryWrite", self._put_identity),
@@ -59,6 +78,12 @@ class Service:
             ("GET", "/twins/{device}/modules/{module}", "ServiceConnect", self._get_twin),
             ("PATCH", "/twins/{device}/modules/{module}", "ServiceConnect", self._write_twin),
             ("PUT", "/twins/{device}/modules/{module}", "ServiceConnect", self._write_twin),
+            ("POST", "/twins/{device}/methods", "ServiceConnect", self._invoke),
+            ("POST", "/twins/{device}/modules/{module}/methods", "ServiceConnect", self._invoke),
+            ("GET", "/jobs/v2/query", "ServiceConnect", self._list_jobs),
+            ("PUT", "/jobs/v2/{job}", "ServiceConnect", self._create_job),
+            ("GET", "/jobs/v2/{job}", "ServiceConnect", self._get_job),
+            ("POST", "/jobs/v2/{job}/cancel", "ServiceConnect", self._cancel_job),
             ("GET", "/statistics/devices", "RegistryRead", self._device_statistics),
             ("GET", "/statistics/service", "ServiceConnect", self._service_statistics),
             *console.routes(),
@@ -95,6 +120,10 @@ class Service:
             problem = Problem(error.code, error.message)
         except query.QueryError as error:
             problem = Problem(400004, str(error))
+        except JobRefused as error:
+            problem = Problem(error.code, error.message, error.name)
+        except MethodFailed as error:
+            problem = Problem(error.code, error.message)
         except web.HTTPRequestEntityTooLarge:
             problem = Problem(413001, f"A request has at most {_MAX_BODY} bytes.")
         except web.HTTPNotFound:
@@ -155,13 +184,13 @@ class Service:
             },
         }
 
-    def _identity_response(self, identity: Identity, status: int = 200) -> web.Response:
+    def _identity_response(self, identity: Identity) -> web.Response:
         headers = {"ETag": f'"{identity.etag}"'}
-        return web.json_response(self._identity_view(identity), status=status, headers=headers)
+        return web.json_response(self._identity_view(identity), headers=headers)
 
     async def _list_devices(self, request: web.Request) -> web.Response:
         top = request.query.get("top", str(_MAX_LIST))
-        if not (top.isascii() and top.isdigit() and 1 <= int(top) <= _MAX_LIST):
+        if not (_is_count(top) and int(top) <= _MAX_LIST):
             raise Problem(400004, f"top is a number from 1 to {_MAX_LIST}.")
         found = [one for one in self._registry.identities.values() if one.module_id is None]
         return web.json_response([self._identity_view(one) for one in found[: int(top)]])
@@ -186,34 +215,41 @@ class Service:
             if body.get(member) is not None and body[member] != wanted:
                 raise Problem(400004, f"{member} in the body is not the one in the path.")
         condition = request.headers.get("If-Match")
-        existing = self._registry.identities.get(name)
-        # All that can be refused is looked at before anything is changed.
         settings = _identity_settings(body)
         if condition is None:
-            if existing is not None:
-                what, code = ("module", 409301) if existing.module_id else ("device", 409001)
-                raise Problem(code, f"A {what} with ID '{name}' is already registered.")
-            if (
-                "module" in request.match_info
-                and request.match_info["device"] not in self._registry.identities
-            ):
-                raise Problem(404001, f"Device {request.match_info['device']} not registered")
-            try:
-                identity = self._registry.create(name)
-            except ValueError as error:
-                raise Problem(400004, str(error)) from None
-            self._endpoint.create(identity)
-        else:
-            identity = self._identity(request)
-            _check_condition(condition, identity.etag)
+            return self._identity_response(self._create(name, settings, None))
+        identity = self._identity(request)
+        _check_condition(condition, identity.etag)
+        self._update(identity, settings)
+        return self._identity_response(identity)
+
+    def _create(self, name: str, settings: Document, twin: twins.Twin | None) -> Identity:
+        """Register an identity. Nothing is changed when that is refused."""
+        device, slash, _ = name.partition("/")
+        if name in self._registry.identities:
+            what, code = ("module", 409301) if slash else ("device", 409001)
+            raise Problem(code, f"A {what} with ID '{name}' is already registered.")
+        if slash and device not in self._registry.identities:
+            raise Problem(404001, f"Device {device} not registered")
+        try:
+            identity = self._registry.create(name)
+        except ValueError as error:
+            raise Problem(400004, str(error)) from None
+        identity.change(**settings)
+        self._endpoint.create(identity, twin)
+        return identity
+
+    def _update(self, identity: Identity, settings: Document) -> None:
         was_enabled = identity.enabled
         identity.change(**settings)
         self._endpoint.keep(identity.id)
         if was_enabled and not identity.enabled:
             self._endpoint.drop_with_modules(identity.id)
         self._endpoint.changed()
-        created_module = condition is None and identity.module_id is not None
-        return self._identity_response(identity, 201 if created_module else 200)
+
+    def _delete(self, identity: Identity) -> None:
+        for name in self._registry.delete(identity.id):
+            self._endpoint.delete(name)
 
     async def _delete_identity(self, request: web.Request) -> web.Response:
         identity = self._identity(request)
@@ -221,9 +257,66 @@ class Service:
         if condition is None:
             raise Problem(412001, 'Precondition failed: a delete needs If-Match, "*" or the ETag.')
         _check_condition(condition, identity.etag)
-        for name in self._registry.delete(identity.id):
-            self._endpoint.delete(name)
+        self._delete(identity)
         return web.Response(status=204)
+
+    # ------------------------------------------------------------------ many identities at once
+
+    async def _bulk(self, request: web.Request) -> web.Response:
+        try:
+            # The body is an array, which no other request has: as a member it can be read like the others.
+            items = twins.decode(b'{"items":%b}' % await request.read())["items"]
+        except KeyError:
+            items = None
+        if not isinstance(items, list) or not items:
+            raise Problem(400004, "The body is an array of identities, with one at least.")
+        if len(items) > _MAX_BULK:
+            raise Problem(413002, f"At most {_MAX_BULK} identities at once.")
+        errors = []
+        for item in items:
+            try:
+                self._apply(item)
+            except (Problem, twins.Invalid) as error:
+                problem = error if isinstance(error, Problem) else Problem(error.code, error.message)
+                one = item if isinstance(item, dict) else {}
+                told = {"deviceId": one.get("id"), "errorCode": problem.name, "errorStatus": problem.message}
+                errors.append({**told, "moduleId": one["moduleId"]} if one.get("moduleId") else told)
+        result = {"isSuccessful": not errors, "errors": errors, "warnings": []}
+        return web.json_response(result, status=400 if errors else 200)
+
+    def _apply(self, item: Any) -> None:
+        """One identity of a bulk request: its importMode says what to do."""
+        if not isinstance(item, dict) or not isinstance(item.get("id"), str):
+            raise Problem(400004, "An identity of a bulk request is an object with an id.")
+        device, module = item["id"], item.get("moduleId")
+        if "/" in device or not isinstance(module, str | None):
+            raise Problem(400004, "id is the device's, moduleId a text.")
+        name = f"{device}/{module}" if module else device
+        mode = str(item.get("importMode") or "createOrUpdate").lower()
+        if mode not in _IMPORT_MODES:
+            raise Problem(400004, f"importMode is one of {', '.join(_IMPORT_MODES.values())}.")
+        identity = self._registry.identities.get(name)
+        if mode == "create" or (mode == "createorupdate" and identity is None):
+            tags, properties = item.get("tags") or {}, item.get("properties") or {}
+            if not isinstance(properties, dict):
+                raise Problem(400004, "properties is no object.")
+            desired = twins.written(properties.get("desired") or {}, nulls=False, rules=self._rules)
+            self._create(name, _identity_settings(item), twins.new(desired, tags, self._rules))
+            return
+        if identity is None:
+            known = module is not None and device in self._registry.identities
+            raise Problem(404010 if known else 404001, f"{name} is not registered.")
+        twin = mode.startswith("updatetwin")
+        if mode.endswith("ifmatchetag"):
+            etag = self._endpoint.twins[name].etag if twin else identity.etag
+            _check_condition(str(item.get("twinETag" if twin else "eTag") or ""), etag)
+        if mode.startswith("delete"):
+            self._delete(identity)
+        elif twin:
+            sections = {part: item[part] for part in ("tags", "properties") if part in item}
+            self._endpoint.update_twin(name, sections)
+        else:
+            self._update(identity, _identity_settings(item))
 
     # ------------------------------------------------------------------ twins
 
@@ -247,7 +340,7 @@ class Service:
             self._endpoint.update_twin(identity.id, body)
         return self._twin_response(identity)
 
-    # ------------------------------------------------------------------ queries and statistics
+    # ------------------------------------------------------------------ queries
 
     async def _query(self, request: web.Request) -> web.Response:
         body = await self._body(request)
@@ -256,7 +349,7 @@ class Service:
             raise Problem(400004, "The body has no query.")
         parsed = query.parse(text)
         if parsed.collection == "devices.jobs":
-            documents: list[Document] = []
+            documents = [row for job in self._jobs for row in job.rows()]
         else:
             modules = parsed.collection == "devices.modules"
             documents = [
@@ -264,16 +357,41 @@ class Service:
                 for identity in self._registry.identities.values()
                 if (identity.module_id is not None) is modules
             ]
+        whole = "DeviceJob" if parsed.collection == "devices.jobs" else "Twin"
         rows = query.run(parsed, documents)
-        start = _continued(request.headers.get("x-ms-continuation"), text)
-        size = request.headers.get("x-ms-max-item-count", str(_PAGE))
-        if not (size.isascii() and size.isdigit() and int(size) > 0):
-            raise Problem(400004, "x-ms-max-item-count is a number from 1 up.")
-        end = start + min(int(size), _PAGE)
-        headers = {"x-ms-item-type": "raw" if parsed.is_raw else "twin"}
-        if end < len(rows):
-            headers["x-ms-continuation"] = _continuation(text, end)
-        return web.json_response(rows[start:end], headers=headers)
+        return _page(request, rows, text, "Raw" if parsed.is_raw else whole)
+
+    # ------------------------------------------------------------------ direct methods and jobs
+
+    async def _invoke(self, request: web.Request) -> web.Response:
+        identity = self._identity(request)
+        method = method_of(await self._body(request))
+        return web.json_response(await invoked(self._endpoint, identity.id, method))
+
+    async def _create_job(self, request: web.Request) -> web.Response:
+        job = self._jobs.create(request.match_info["job"], await self._body(request))
+        return web.json_response(job.view())
+
+    async def _get_job(self, request: web.Request) -> web.Response:
+        name = request.match_info["job"]
+        job = self._jobs.get(name)
+        if job is None:
+            return web.json_response({"jobId": name, "type": "unknown", "status": "unknown"})
+        return web.json_response(job.view())
+
+    async def _cancel_job(self, request: web.Request) -> web.Response:
+        return web.json_response(self._jobs.cancel(request.match_info["job"]).view())
+
+    async def _list_jobs(self, request: web.Request) -> web.Response:
+        kind, status = (request.query.get(name, "").lower() for name in ("jobType", "jobStatus"))
+        rows = [
+            job.view()
+            for job in self._jobs
+            if kind in ("", job.type.lower()) and status in ("", job.status.lower())
+        ]
+        return _page(request, rows, f"{kind} {status}", "JobResponse")
+
+    # ------------------------------------------------------------------ statistics
 
     async def _device_statistics(self, _request: web.Request) -> web.Response:
         devices = [one for one in self._registry.identities.values() if one.module_id is None]
@@ -317,12 +435,15 @@ def _identity_settings(body: Document) -> Document:
     keys, thumbprints = authentication.get("symmetricKey") or {}, authentication.get("x509Thumbprint") or {}
     if not isinstance(keys, dict) or not isinstance(thumbprints, dict):
         raise Problem(400004, "symmetricKey or x509Thumbprint is no object.")
-    try:
-        primary, secondary = (
-            check_key(keys[name]) if keys.get(name) else None for name in ("primaryKey", "secondaryKey")
-        )
-    except (ValueError, TypeError):
-        raise Problem(400004, "A key in symmetricKey is not base64.") from None
+    primary, secondary = keys.get("primaryKey") or None, keys.get("secondaryKey") or None
+    for key in (primary, secondary):
+        if key is not None and not _is_key(key):
+            raise Problem(400004, "A key in symmetricKey is not base64 of 16 to 64 bytes.")
+    if (primary is None) is not (secondary is None):
+        raise Problem(400004, "symmetricKey has both keys or none.")
+    if not body.get("authentication"):
+        # As the service does: who says nothing of keys gets new ones, with an update too.
+        primary, secondary = make_key(), make_key()
     return {
         "enabled": status == "enabled",
         "status_reason": reason,
@@ -331,6 +452,30 @@ def _identity_settings(body: Document) -> Document:
         "secondary_key": secondary,
         "thumbprints": (thumbprints.get("primaryThumbprint"), thumbprints.get("secondaryThumbprint")),
     }
+
+
+def _is_count(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 10 and int(text) > 0
+
+
+def _is_key(key: Any) -> bool:
+    try:
+        return 16 <= len(base64.b64decode(check_key(key))) <= 64
+    except (ValueError, TypeError):
+        return False
+
+
+def _page(request: web.Request, rows: list[Document], text: str, kind: str) -> web.Response:
+    """The rows that the request's headers ask for. text: what was asked; kind: what the rows are."""
+    start = _continued(request.headers.get("x-ms-continuation"), text)
+    size = request.headers.get("x-ms-max-item-count") or str(_PAGE)
+    if not _is_count(size):
+        raise Problem(400004, "x-ms-max-item-count is a number from 1 up.")
+    end = start + min(int(size), _PAGE)
+    headers = {"x-ms-item-type": kind}
+    if end < len(rows):
+        headers["x-ms-continuation"] = _continuation(text, end)
+    return web.json_response(rows[start:end], headers=headers)
 
 
 def _continuation(text: str, offset: int) -> str:

@@ -1,4 +1,4 @@
-"""What a hub with `--data DIR` keeps over a restart: identities with their keys, twins, sessions.
+"""What a hub with `--data DIR` keeps over a restart: identities with their keys, twins, sessions, jobs.
 
 Memory is the truth; every change is written in the callback that made it, before it is answered. A killed
 process loses nothing that was answered; after a power cut the last moments may be missing (SQLite, WAL with
@@ -8,6 +8,7 @@ synchronous=NORMAL).
 import json
 import sqlite3
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,11 @@ class Storage:
             self._database.execute(
                 "CREATE TABLE IF NOT EXISTS kept "
                 "(id TEXT PRIMARY KEY, identity TEXT, twin TEXT, session TEXT)"
+            )
+            self._database.execute("CREATE TABLE IF NOT EXISTS jobs (id TEXT PRIMARY KEY, job TEXT)")
+            self._database.execute(
+                "CREATE TABLE IF NOT EXISTS outcomes "
+                "(job TEXT, device TEXT, outcome TEXT, PRIMARY KEY (job, device))"
             )
             self._database.execute(f"PRAGMA user_version={_FORMAT}")
         except sqlite3.OperationalError as error:
@@ -106,3 +112,44 @@ class Storage:
 
     def remove(self, identity_id: str) -> None:
         self._database.execute("DELETE FROM kept WHERE id = ?", (identity_id,))
+
+    # ------------------------------------------------------------------ jobs
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Have all that is written meanwhile be kept, or nothing of it."""
+        self._database.execute("BEGIN")
+        try:
+            yield
+        finally:
+            # Memory is the truth: what was done is kept, whatever came after it.
+            self._database.execute("COMMIT")
+
+    def load_jobs(self) -> Iterator[tuple[dict[str, Any], dict[str, dict[str, Any]]]]:
+        """Every job with what became of it on each device, in the order of creation."""
+        for name, text in self._database.execute("SELECT id, job FROM jobs ORDER BY rowid").fetchall():
+            rows = self._database.execute(
+                "SELECT device, outcome FROM outcomes WHERE job = ? ORDER BY rowid", (name,)
+            )
+            yield json.loads(text), {device: json.loads(outcome) for device, outcome in rows.fetchall()}
+
+    def save_job(self, job: dict[str, Any]) -> None:
+        """Keep a job as it is now, without what became of it on its devices."""
+        text = json.dumps(job)
+        self._database.execute(
+            "INSERT INTO jobs VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET job = excluded.job",
+            (job["id"], text),
+        )
+
+    def save_outcome(self, job_id: str, device_id: str, outcome: dict[str, Any]) -> None:
+        """Keep what became of a job on one device."""
+        self._database.execute(
+            "INSERT INTO outcomes VALUES (?, ?, ?) "
+            "ON CONFLICT (job, device) DO UPDATE SET outcome = excluded.outcome",
+            (job_id, device_id, json.dumps(outcome)),
+        )
+
+    def remove_job(self, job_id: str) -> None:
+        with self.together():
+            self._database.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
+            self._database.execute("DELETE FROM outcomes WHERE job = ?", (job_id,))

@@ -138,7 +138,7 @@ class Twin:
         The device is sent exactly the patch, also where values do not change; a patch that only removes what
         is not there says nothing.
         """
-        patch = _own(patch, nulls=True, rules=self.rules)
+        patch = written(patch, nulls=True, rules=self.rules)
         if _says_nothing(self.desired, patch):
             self.etag_counter += 1
             return None
@@ -150,7 +150,7 @@ class Twin:
 
         It has every key of the new document, with null for each that is gone, nested ones too.
         """
-        document = _own(document, nulls=False, rules=self.rules)
+        document = written(document, nulls=False, rules=self.rules)
         patch = _replacement(self.desired, document)
         self._set_desired(document, patch)
         return patch
@@ -309,8 +309,8 @@ def _characters(text: str) -> int:
     return len("".join(c for c in text if not (ord(c) < 32 or 127 <= ord(c) < 160)).encode())
 
 
-def _own(document: Document, *, nulls: bool, rules: Rules) -> Document:
-    """A copy of what the back end writes, checked."""
+def written(document: Document, *, nulls: bool, rules: Rules) -> Document:
+    """A copy of what the back end writes, without the hub's own members; Invalid if the hub refuses it."""
     if isinstance(document, dict):
         # Tools send a whole twin back: what is the hub's own is not written.
         document = {key: value for key, value in document.items() if key not in ("$version", "$metadata")}
