@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from tests.app import App
+from tests.hub_backend import KEY, Backend
 from tests.waiting import PATIENCE
 from twin_device import TwinClient
 from twin_device.hub import Device, LocalHub
@@ -38,3 +39,11 @@ def app(make_app: Callable[..., App], device: Device) -> App:
     app.client.connect()
     app.next_patch()
     return app
+
+
+@pytest.fixture
+def backend() -> Iterator[Backend]:
+    with LocalHub(https_port=0, owner_key=KEY) as hub:
+        backend = Backend(hub)
+        yield backend
+        backend.connection.close()

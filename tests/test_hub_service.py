@@ -1,78 +1,17 @@
 """The REST API of the local hub, over HTTPS, as a back end uses it."""
 
 import base64
-import hashlib
-import hmac
 import http.client
 import json
-import ssl
-import time
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote
 
 import pytest
 
+from tests.hub_backend import KEY, OTHER_KEY, SENSOR, Answer, Backend, token
 from tests.waiting import PATIENCE
 from twin_device import ConnectRefused, TwinClient
 from twin_device.hub import Device, LocalHub
-
-KEY = "MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY="
-OTHER_KEY = base64.b64encode(b"another key, as good as any").decode()
-VERSION = "api-version=2021-04-12"
-SENSOR = {"deviceId": "sensor-1"}
-
-
-class Answer(NamedTuple):
-    status: int
-    body: Any
-    headers: Any
-
-    @property
-    def code(self) -> str:
-        return str(self.headers["iothub-errorcode"])
-
-
-def token(
-    resource: str = "localhost", policy: str = "iothubowner", key: str = KEY, expiry: int | None = None
-) -> str:
-    encoded = quote(resource, safe="")
-    until = int(time.time()) + 3600 if expiry is None else expiry
-    digest = hmac.digest(base64.b64decode(key), f"{encoded}\n{until}".encode(), hashlib.sha256)
-    signature = quote(base64.b64encode(digest), safe="")
-    return f"SharedAccessSignature sr={encoded}&sig={signature}&se={until}&skn={policy}"
-
-
-class Backend:
-    def __init__(self, hub: LocalHub) -> None:
-        self.hub = hub
-        context = ssl.create_default_context(cafile=hub.ca_file)
-        self.connection = http.client.HTTPSConnection(
-            "localhost", hub.https_port, timeout=PATIENCE, context=context
-        )
-
-    def ask(self, method: str, path: str, body: Any = None, **options: Any) -> Answer:
-        """path without api-version; options: authorization, if_match, and other headers."""
-        headers = {
-            "Authorization": options.pop("authorization", None) or token(),
-            "Content-Type": "application/json",
-        }
-        for name, value in options.items():
-            headers[name.replace("_", "-")] = value
-        mark = "&" if "?" in path else "?"
-        payload = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        self.connection.request(method, f"{path}{mark}{VERSION}", payload, headers)
-        response = self.connection.getresponse()
-        text = response.read()
-        return Answer(response.status, json.loads(text) if text else None, response.headers)
-
-
-@pytest.fixture
-def backend() -> Iterator[Backend]:
-    with LocalHub(https_port=0, owner_key=KEY) as hub:
-        backend = Backend(hub)
-        yield backend
-        backend.connection.close()
 
 
 @pytest.fixture
@@ -170,11 +109,21 @@ def test_a_device_is_created_with_keys_and_can_connect(backend: Backend) -> None
 
 
 def test_keys_that_are_given_are_kept_and_empty_ones_made(backend: Backend) -> None:
-    keys = {"primaryKey": KEY, "secondaryKey": ""}
-    body = {**SENSOR, "authentication": {"type": "sas", "symmetricKey": keys}}
-    created = backend.ask("PUT", "/devices/sensor-1", body).body["authentication"]["symmetricKey"]
-    assert created["primaryKey"] == KEY
-    assert len(base64.b64decode(created["secondaryKey"])) == 32
+    given, empty = {"primaryKey": KEY, "secondaryKey": OTHER_KEY}, {"primaryKey": "", "secondaryKey": None}
+    for name, keys in (("a", given), ("b", empty)):
+        body = {"deviceId": name, "authentication": {"type": "sas", "symmetricKey": keys}}
+        assert backend.ask("PUT", f"/devices/{name}", body).status == 200
+    assert backend.hub.device("a").keys == (KEY, OTHER_KEY)
+    assert [len(base64.b64decode(key)) for key in backend.hub.device("b").keys] == [32, 32]
+
+
+def test_an_update_without_authentication_makes_new_keys(backend: Backend, sensor: Device) -> None:
+    before = sensor.keys
+    same = {**SENSOR, "authentication": {"type": "sas"}}
+    assert backend.ask("PUT", "/devices/sensor-1", same, If_Match="*").status == 200
+    assert sensor.keys == before
+    assert backend.ask("PUT", "/devices/sensor-1", SENSOR, If_Match="*").status == 200
+    assert not {*sensor.keys} & {*before}
 
 
 def test_an_update_needs_the_etag_and_changes_it(backend: Backend, sensor: Device) -> None:
@@ -209,7 +158,7 @@ def test_disabling_ends_the_connection_and_refuses_the_next(backend: Backend, se
 
 def test_a_delete_needs_a_condition_and_takes_the_modules_along(backend: Backend, sensor: Device) -> None:
     module = backend.ask("PUT", "/devices/sensor-1/modules/m", {"deviceId": "sensor-1", "moduleId": "m"})
-    assert module.status == 201
+    assert module.status == 200
     assert [one["moduleId"] for one in backend.ask("GET", "/devices/sensor-1/modules").body] == ["m"]
     assert backend.ask("DELETE", "/devices/sensor-1").status == 412
     assert backend.ask("DELETE", "/devices/sensor-1", If_Match='"stale"').status == 412
@@ -245,10 +194,15 @@ def test_an_id_with_signs_is_percent_encoded_in_the_path(backend: Backend) -> No
     assert backend.hub.device(name).desired == {}
 
 
+SHORT_KEYS = {"primaryKey": "MDEyMw==", "secondaryKey": "MDEyMw=="}
+COLONS = {"primaryThumbprint": "AB:" * 19 + "AB"}
 BAD_IDENTITIES: list[Any] = [
     ("another id in the body", {"deviceId": "sensor-2"}),
     ("a status that there is not", {**SENSOR, "status": "sleepy"}),
     ("a key that is not base64", {**SENSOR, "authentication": {"symmetricKey": {"primaryKey": "secret!"}}}),
+    ("one key of two", {**SENSOR, "authentication": {"symmetricKey": {"primaryKey": KEY}}}),
+    ("keys that are too short", {**SENSOR, "authentication": {"symmetricKey": SHORT_KEYS}}),
+    ("a thumbprint with colons", {**SENSOR, "authentication": {"x509Thumbprint": COLONS}}),
     ("a key that is a number", {**SENSOR, "authentication": {"symmetricKey": {"primaryKey": 5}}}),
     ("authentication that is no object", {**SENSOR, "authentication": "sas"}),
     ("an authentication that there is not", {**SENSOR, "authentication": {"type": "magic"}}),
@@ -447,6 +401,104 @@ def test_a_long_result_comes_in_pages(backend: Backend) -> None:
 def test_a_bad_query_is_refused(backend: Backend, text: str) -> None:
     answer = rows(backend, text)
     assert (answer.status, answer.code) == (400, "ArgumentInvalid")
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT", "DELETE"])
+def test_an_encoded_slash_is_no_way_to_a_module(backend: Backend, sensor: Device, method: str) -> None:
+    backend.ask("PUT", "/devices/sensor-1/modules/m", {"deviceId": "sensor-1", "moduleId": "m"})
+    for path in ("/devices/sensor-1%2Fm", "/devices/sensor-1%2Fn"):
+        answer = backend.ask(method, path, {} if method == "PUT" else None)
+        assert (answer.status, answer.code) == (400, "ArgumentInvalid")
+    assert [one.id for one in backend.hub.devices] == ["sensor-1", "sensor-1/m"]
+
+
+# ---------------------------------------------------------------------- many identities at once
+
+
+def test_a_bulk_request_creates_updates_and_deletes(backend: Backend, sensor: Device) -> None:
+    keys = {"primaryKey": KEY, "secondaryKey": OTHER_KEY}
+    etag = backend.ask("GET", "/devices/sensor-1").body["etag"]
+    done = backend.ask(
+        "POST",
+        "/devices",
+        [
+            {
+                "id": "a",
+                "importMode": "create",
+                "status": "disabled",
+                "authentication": {"type": "sas", "symmetricKey": keys},
+                "tags": {"site": "A"},
+                "properties": {"desired": {"interval": 30, "$version": 7, "$metadata": {}}},
+            },
+            {"id": "a", "moduleId": "m", "importMode": "Create"},
+            {"id": "sensor-1", "importMode": "updateIfMatchETag", "eTag": etag, "statusReason": "sold"},
+            {"id": "a", "importMode": "updateTwin", "tags": {"site": None, "floor": 3}},
+        ],
+    )
+    assert (done.status, done.body) == (200, {"isSuccessful": True, "errors": [], "warnings": []})
+    device = backend.hub.device("a")
+    assert (device.keys, device.desired, device.desired_version) == ((KEY, OTHER_KEY), {"interval": 30}, 1)
+    assert device.twin["tags"] == {"floor": 3}
+    assert device.twin["status"] == "disabled"
+    assert backend.ask("GET", "/devices/sensor-1").body["statusReason"] == "sold"
+    twin_etag = backend.ask("GET", "/twins/a").body["etag"]
+    done = backend.ask(
+        "POST",
+        "/devices",
+        [
+            {"id": "a", "importMode": "updateTwinIfMatchETag", "twinETag": twin_etag, "tags": {"floor": 4}},
+            {"id": "sensor-1", "importMode": "delete"},
+        ],
+    )
+    assert done.status == 200
+    assert device.twin["tags"] == {"floor": 4}
+    assert [one.id for one in backend.hub.devices] == ["a", "a/m"]
+
+
+def test_what_fails_in_a_bulk_request_is_told_and_the_rest_is_done(backend: Backend, sensor: Device) -> None:
+    rows: list[Any] = [
+        ({"id": "sensor-1", "importMode": "create"}, "DeviceAlreadyExists"),
+        ({"id": "nobody", "importMode": "update"}, "DeviceNotFound"),
+        ({"id": "sensor-1", "moduleId": "m", "importMode": "delete"}, "ModuleNotFound"),
+        ({"id": "nobody", "moduleId": "m", "importMode": "create"}, "DeviceNotFound"),
+        ({"id": "sensor-1", "importMode": "deleteIfMatchETag", "eTag": "stale"}, "PreconditionFailed"),
+        ({"id": "sensor-1", "importMode": "deleteIfMatchETag"}, "PreconditionFailed"),
+        (
+            {"id": "sensor-1", "importMode": "updateTwinIfMatchETag", "twinETag": "x", "tags": {}},
+            "PreconditionFailed",
+        ),
+        ({"id": "sensor-1", "importMode": "frobnicate"}, "ArgumentInvalid"),
+        ({"id": "a/b", "importMode": "create"}, "ArgumentInvalid"),
+        ({"id": "no spaces", "importMode": "create"}, "ArgumentInvalid"),
+        ({"id": "b", "importMode": "create", "tags": {"a.b": 1}}, "ArgumentInvalid"),
+        ({"id": "b", "importMode": "create", "properties": {"desired": {"a": None}}}, "ArgumentInvalid"),
+        ({"id": "b", "importMode": "create", "status": "sleepy"}, "ArgumentInvalid"),
+        ({"id": 5}, "ArgumentInvalid"),
+        (5, "ArgumentInvalid"),
+    ]
+    answer = backend.ask("POST", "/devices", [*(item for item, _ in rows), {"id": "c"}])
+    assert (answer.status, answer.body["isSuccessful"]) == (400, False)
+    assert [error["errorCode"] for error in answer.body["errors"]] == [code for _, code in rows]
+    assert answer.body["errors"][2]["moduleId"] == "m"
+    assert all(error["errorStatus"] for error in answer.body["errors"])
+    assert [one.id for one in backend.hub.devices] == ["c", "sensor-1"]
+    assert sensor.twin["version"] == 2
+
+
+NO_BULK = [[], {}, b"{", b"", b"]}[", b'[{"id": "a"}], "a": [1]', [{"id": f"d{n}"} for n in range(101)]]
+
+
+@pytest.mark.parametrize("body", NO_BULK, ids=lambda body: f"{body!r:.12}")
+def test_what_is_no_bulk_request_changes_nothing(backend: Backend, body: Any) -> None:
+    answer = backend.ask("POST", "/devices", body)
+    assert answer.status in (400, 413)
+    assert backend.hub.devices == []
+
+
+def test_a_bulk_request_is_a_registry_write(backend: Backend) -> None:
+    for policy, status in (("service", 401), ("registryRead", 401), ("registryReadWrite", 200)):
+        answer = backend.ask("POST", "/devices", [{"id": "a"}], authorization=token(policy=policy))
+        assert answer.status == status
 
 
 # ---------------------------------------------------------------------- the rest

@@ -7,6 +7,7 @@ import base64
 import binascii
 import hashlib
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -41,6 +42,8 @@ _IMPORT_MODES = {
         "updateTwinIfMatchETag",
     )
 }
+_WHICH = ("primary", "secondary")
+_THUMBPRINT = re.compile(r"([0-9A-Fa-f]{40}|[0-9A-Fa-f]{64})\Z")
 _STATUSES = ("enabled", "disabled")
 _AUTHENTICATION = ("sas", "selfSigned", "certificateAuthority", "none")
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -265,8 +268,8 @@ class Service:
     async def _bulk(self, request: web.Request) -> web.Response:
         try:
             # The body is an array, which no other request has: as a member it can be read like the others.
-            items = twins.decode(b'{"items":%b}' % await request.read())["items"]
-        except KeyError:
+            (items,) = twins.decode(b'{"items":%b}' % await request.read()).values()
+        except ValueError:
             items = None
         if not isinstance(items, list) or not items:
             raise Problem(400004, "The body is an array of identities, with one at least.")
@@ -410,6 +413,9 @@ class Service:
 
 def _name(request: web.Request) -> str:
     module = request.match_info.get("module")
+    if any("/" in value for value in request.match_info.values()):
+        # Percent-encoded: no id has one, and "device/module" is how the hub itself names a module.
+        raise Problem(400004, "An id has no slash.")
     return request.match_info["device"] + ("" if module is None else f"/{module}")
 
 
@@ -450,8 +456,16 @@ def _identity_settings(body: Document) -> Document:
         "authentication": kind,
         "primary_key": primary,
         "secondary_key": secondary,
-        "thumbprints": (thumbprints.get("primaryThumbprint"), thumbprints.get("secondaryThumbprint")),
+        "thumbprints": tuple(_thumbprint(thumbprints.get(f"{which}Thumbprint")) for which in _WHICH),
     }
+
+
+def _thumbprint(value: Any) -> str | None:
+    if not value:
+        return None
+    if not isinstance(value, str) or not _THUMBPRINT.match(value):
+        raise Problem(400004, "A thumbprint is 40 or 64 hexadecimal digits.")
+    return value
 
 
 def _is_count(text: str) -> bool:
