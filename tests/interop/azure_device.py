@@ -1,20 +1,30 @@
 """Microsoft's device SDK against the local hub: run with its own interpreter, not with pytest.
 
-Arguments: the connection strings of a device and of a module, the CA's path. Each line on standard input is a
-step that the test has done; each line on standard output tells what the SDK saw.
+Arguments: the connection strings of two devices and of two modules, the CA's path. Each line on standard
+output tells what the SDK saw.
 """
 
 import asyncio
 import json
 import queue
 import sys
+from importlib.metadata import version
 
-from azure.iot.device import IoTHubDeviceClient, IoTHubModuleClient
-from azure.iot.device.aio import IoTHubDeviceClient as AsyncDeviceClient
+from azure.iot.device import IoTHubDeviceClient, IoTHubModuleClient, aio
+
+SOON = 20  # seconds
 
 
-def tell(what, value):
+def tell(what, value=None):
     print(json.dumps([what, value], sort_keys=True), flush=True)
+
+
+def patch_with(patches, key):
+    """The next patch with this key. The SDK hands over the whole document as a patch, too."""
+    while True:
+        patch = patches.get(timeout=SOON)
+        if key in patch:
+            return patch
 
 
 def play(client, name):
@@ -25,21 +35,20 @@ def play(client, name):
     client.patch_twin_reported_properties({"battery": 55, "nested": {"a": 1}})
     client.patch_twin_reported_properties({"nested": {"a": None}})
     tell(f"{name} reported", client.get_twin()["reported"])
-    tell(f"{name} ready", None)
-    patch = patches.get(timeout=20)
-    while "old" not in patch:
-        # The SDK hands over the whole document as a patch, too.
-        patch = patches.get(timeout=20)
-    tell(f"{name} patch", patch)
+    tell(f"{name} ready")
+    tell(f"{name} patch", patch_with(patches, "first"))
     try:
         client.patch_twin_reported_properties({"bad key": 1})
     except Exception as error:  # noqa: BLE001  # whatever the SDK raises is to be told
         tell(f"{name} refused", type(error).__name__)
+    # The test ends the connection; the SDK makes another one by itself.
+    tell(f"{name} again", patch_with(patches, "second"))
+    client.patch_twin_reported_properties({"battery": 54})
     client.shutdown()
+    tell(f"{name} over")
 
 
-async def play_async(text, ca):
-    client = AsyncDeviceClient.create_from_connection_string(text, server_verification_cert=ca)
+async def play_async(client, name):
     # The SDK calls handlers in a loop, and thread, of its own.
     patches = queue.SimpleQueue()
 
@@ -48,22 +57,36 @@ async def play_async(text, ca):
 
     client.on_twin_desired_properties_patch_received = keep
     await client.connect()
-    tell("aio twin", await client.get_twin())
-    tell("aio ready", None)
-    patch = await asyncio.to_thread(patches.get, timeout=20)
-    while "old" not in patch:
-        patch = await asyncio.to_thread(patches.get, timeout=20)
-    tell("aio patch", patch)
+    tell(f"{name} twin", await client.get_twin())
+    await client.patch_twin_reported_properties({"battery": 55, "nested": {"a": 1}})
+    await client.patch_twin_reported_properties({"nested": {"a": None}})
+    tell(f"{name} reported", (await client.get_twin())["reported"])
+    tell(f"{name} ready")
+    tell(f"{name} patch", await asyncio.to_thread(patch_with, patches, "first"))
+    try:
+        await client.patch_twin_reported_properties({"bad key": 1})
+    except Exception as error:  # noqa: BLE001  # whatever the SDK raises is to be told
+        tell(f"{name} refused", type(error).__name__)
+    tell(f"{name} again", await asyncio.to_thread(patch_with, patches, "second"))
+    await client.patch_twin_reported_properties({"battery": 54})
     await client.shutdown()
+    tell(f"{name} over")
 
 
 def main():
-    device, module, ca_file = sys.argv[1:]
+    *texts, ca_file = sys.argv[1:]
     with open(ca_file) as file:
         ca = file.read()
-    play(IoTHubDeviceClient.create_from_connection_string(device, server_verification_cert=ca), "device")
-    play(IoTHubModuleClient.create_from_connection_string(module, server_verification_cert=ca), "module")
-    asyncio.run(play_async(device, ca))
+    tell("versions", [version("azure-iot-device"), version("paho-mqtt").partition(".")[0]])
+    kinds = (IoTHubDeviceClient, IoTHubModuleClient, aio.IoTHubDeviceClient, aio.IoTHubModuleClient)
+    device, module, aio_device, aio_module = (
+        kind.create_from_connection_string(text, server_verification_cert=ca)
+        for kind, text in zip(kinds, texts, strict=True)
+    )
+    play(device, "device")
+    play(module, "module")
+    asyncio.run(play_async(aio_device, "aio device"))
+    asyncio.run(play_async(aio_module, "aio module"))
 
 
 main()
