@@ -11,7 +11,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
@@ -21,8 +21,8 @@ from urllib.parse import quote
 from . import certificates, twins
 from .events import Event, Subscription
 from .faults import Fault, Faults
-from .jobs import Jobs
-from .mqtt import Connection, Endpoint, Packet, Session, Settings, Telemetry
+from .jobs import JobRefused, Jobs, invoked, method_of
+from .mqtt import Connection, Endpoint, MethodFailed, Packet, Session, Settings, Telemetry
 from .registry import Registry
 
 _T = TypeVar("_T")
@@ -314,11 +314,11 @@ class LocalHub:
         while self._endpoint.open:
             await asyncio.sleep(0)
 
-    def _wait(self, work: Any) -> None:
+    def _wait(self, work: "Coroutine[Any, Any, _T]", within: float = _CALL_WITHIN) -> _T:
         if self._loop is None:
             work.close()
             raise RuntimeError("this hub does not run")
-        asyncio.run_coroutine_threadsafe(work, self._loop).result(_CALL_WITHIN)
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(within)
 
     def _call(self, work: Callable[[], _T]) -> _T:
         """Have work done in the hub's loop, and wait for it. Before start() and after close(): right here."""
@@ -724,6 +724,30 @@ class Device:
         bag = "&".join(f"{quote(name, safe='$')}={quote(value, safe='')}" for name, value in to.items())
         bag = bag.replace("$.", "%24.")
         self._hub._call(lambda: self._endpoint.send_c2d(self.id, payload, bag))
+
+    def invoke_method(
+        self, name: str, payload: Any = None, *, timeout: float = 30.0, connect_timeout: float = 0.0
+    ) -> tuple[int, Any]:
+        """Have the device perform a direct method; its status and its payload, as JSON.
+
+        payload: JSON; the device is sent it as text. timeout: seconds for the answer. connect_timeout:
+        seconds to wait for a device that is not there. TimeoutError: no answer in time. ConnectionError: it
+        is not there, or went away. ValueError: a name or payload that no direct method has, or an answer that
+        is not JSON.
+        """
+        body = {"methodName": name, "payload": payload}
+        try:
+            method = method_of(body)
+            method.connect_within, method.respond_within = connect_timeout, timeout
+            work = invoked(self._endpoint, self.id, method)
+            answer = self._hub._wait(work, timeout + connect_timeout + _CALL_WITHIN)
+        except JobRefused as error:
+            raise ValueError(error.message) from None
+        except MethodFailed as error:
+            kinds: dict[int, type[Exception]] = {504101: TimeoutError, 404103: ConnectionError}
+            kinds[404104] = ConnectionError
+            raise kinds.get(error.code, ValueError)(f"{self.id}: {error.message}") from None
+        return answer["status"], answer["payload"]
 
     # ------------------------------------------------------------------ its identity
 
