@@ -10,7 +10,7 @@ import queue
 import sys
 from importlib.metadata import version
 
-from azure.iot.device import IoTHubDeviceClient, IoTHubModuleClient, aio
+from azure.iot.device import IoTHubDeviceClient, IoTHubModuleClient, MethodResponse, aio
 
 SOON = 20  # seconds
 
@@ -25,6 +25,12 @@ def patch_with(patches, key):
         patch = patches.get(timeout=SOON)
         if key in patch:
             return patch
+
+
+def answer_to(request, name):
+    tell(f"{name} asked", [request.name, request.payload])
+    seconds = {"seconds": request.payload["delay"]}
+    return MethodResponse.create_from_method_request(request, 202, seconds)
 
 
 def play(client, name):
@@ -44,16 +50,23 @@ def play(client, name):
     # The test ends the connection; the SDK makes another one by itself.
     tell(f"{name} again", patch_with(patches, "second"))
     client.patch_twin_reported_properties({"battery": 54})
+    requests = queue.SimpleQueue()
+    client.on_method_request_received = requests.put
+    tell(f"{name} listens")
+    client.send_method_response(answer_to(requests.get(timeout=SOON), name))
     client.shutdown()
     tell(f"{name} over")
 
 
 async def play_async(client, name):
     # The SDK calls handlers in a loop, and thread, of its own.
-    patches = queue.SimpleQueue()
+    patches, requests = queue.SimpleQueue(), queue.SimpleQueue()
 
     async def keep(patch):
         patches.put(patch)
+
+    async def keep_request(request):
+        requests.put(request)
 
     client.on_twin_desired_properties_patch_received = keep
     await client.connect()
@@ -69,6 +82,10 @@ async def play_async(client, name):
         tell(f"{name} refused", type(error).__name__)
     tell(f"{name} again", await asyncio.to_thread(patch_with, patches, "second"))
     await client.patch_twin_reported_properties({"battery": 54})
+    client.on_method_request_received = keep_request
+    tell(f"{name} listens")
+    request = await asyncio.to_thread(requests.get, timeout=SOON)
+    await client.send_method_response(answer_to(request, name))
     await client.shutdown()
     tell(f"{name} over")
 

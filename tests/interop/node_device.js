@@ -1,12 +1,12 @@
-// Microsoft's device SDK for Node against the local hub. Arguments: the connection strings of a device and of a
-// module. NODE_EXTRA_CA_CERTS names the CA. Each line on standard output tells what the SDK saw.
+// Microsoft's device SDK for Node against the local hub. Arguments: the connection strings of a device and of
+// a module. NODE_EXTRA_CA_CERTS names the CA. Each line on standard output tells what the SDK saw.
 'use strict';
 const { Client, ModuleClient } = require('azure-iot-device');
 const { Mqtt } = require('azure-iot-device-mqtt');
 
 const tell = (what, value = null) => console.log(JSON.stringify([what, value]));
 
-async function play(client, name) {
+async function play(client, onMethod, name) {
   await client.open();
   const twin = await client.getTwin();
   tell(`${name} twin`, twin.properties);
@@ -28,14 +28,20 @@ async function play(client, name) {
   // The test ends the connection; the SDK makes another one by itself.
   tell(`${name} again`, await second);
   await report({ battery: 54 });
+  const asked = new Promise((done, failed) => onMethod.call(client, 'reboot', (request, response) => {
+    tell(`${name} asked`, [request.methodName, request.payload]);
+    response.send(202, { seconds: request.payload.delay }, (error) => (error ? failed(error) : done()));
+  }));
+  tell(`${name} listens`);
+  await asked;
   await client.close();
   tell(`${name} over`);
 }
 
 async function main() {
   const [device, module] = process.argv.slice(2);
-  await play(Client.fromConnectionString(device, Mqtt), 'device');
-  await play(ModuleClient.fromConnectionString(module, Mqtt), 'module');
+  await play(Client.fromConnectionString(device, Mqtt), Client.prototype.onDeviceMethod, 'device');
+  await play(ModuleClient.fromConnectionString(module, Mqtt), ModuleClient.prototype.onMethod, 'module');
 }
 
 main().catch((error) => {

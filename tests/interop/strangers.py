@@ -4,6 +4,7 @@ Its program prints JSON lines, [what, value]: what it saw, and that it waits for
 """
 
 import errno
+import http.client
 import json
 import os
 import shutil
@@ -17,6 +18,8 @@ from typing import Any
 
 import pytest
 
+from tests.hub_wire import METHODS, online, publish, token
+from tests.waiting import PATIENCE
 from twin_device.hub import Device, LocalHub
 
 HERE = Path(__file__).parent
@@ -98,13 +101,16 @@ def program(*command: str, **environment: str) -> Iterator[Iterator[tuple[str, A
     assert process.returncode == 0, f"{command[1]} failed; its standard error tells more"
 
 
-# ---------------------------------------------------------------------- the device's story
+# ---------------------------------------------------------------------- what is played with them
 
 
-def device_story(said: Iterator[tuple[str, Any]], devices: dict[str, Device]) -> dict[str, Any]:
-    """Play the back end for a device SDK's program; returns what its clients saw, and reported in the end.
+def device_story(
+    said: Iterator[tuple[str, Any]], hub: LocalHub, devices: dict[str, Device]
+) -> dict[str, Any]:
+    """Play the back end for a device SDK's program; returns what its clients saw, and the back end of them.
 
-    devices: by the names that the program calls its clients; new, with {"interval": 30} desired.
+    hub: with the key KEY, and plain HTTP. devices: by the names that the program calls its clients; new, with
+    {"interval": 30} desired.
     """
     seen: dict[str, Any] = {}
     for what, value in said:
@@ -117,6 +123,8 @@ def device_story(said: Iterator[tuple[str, Any]], devices: dict[str, Device]) ->
             devices[name].disconnect()
             devices[name].wait_for(lambda one: one.connections == 2 and one.connected, 20)
             devices[name].patch_desired({"interval": 60, "second": None})
+        elif step == "listens":
+            seen[what] = _invoke(hub, devices[name], {"methodName": "reboot", "payload": {"delay": 5}})
         elif step == "over":
             seen[what] = devices[name].reported
     return seen
@@ -133,6 +141,38 @@ def the_story_of(names: Iterable[str], refused: Any) -> dict[str, Any]:
             f"{name} patch": {"interval": 15, "first": None, "$version": 2},
             f"{name} refused": refused,
             f"{name} again": {"interval": 60, "second": None, "$version": 3},
+            f"{name} listens": (200, {"status": 202, "payload": {"seconds": 5}}),
+            f"{name} asked": ["reboot", {"delay": 5}],
             f"{name} over": {"battery": 54, "nested": {}},
         }
     return seen
+
+
+def _invoke(hub: LocalHub, device: Device, method: dict[str, Any]) -> tuple[int, Any]:
+    """Invoke a direct method as a back end does: the status of HTTP, and the body."""
+    assert hub.http_port is not None
+    # Some SDKs do not say when they have subscribed: then the hub has to wait for them.
+    body = {"connectTimeoutInSeconds": 20, "responseTimeoutInSeconds": 20, **method}
+    path = f"/twins/{device.id.replace('/', '/modules/')}/methods?api-version=2021-04-12"
+    authorization = token(resource="localhost", key=KEY, policy="iothubowner")
+    connection = http.client.HTTPConnection("127.0.0.1", hub.http_port, timeout=20 + 20 + PATIENCE)
+    try:
+        connection.request("POST", path, json.dumps(body), {"Authorization": authorization})
+        response = connection.getresponse()
+        return response.status, json.load(response)
+    finally:
+        connection.close()
+
+
+def back_end_story(said: Iterator[tuple[str, Any]], hub: LocalHub) -> list[tuple[str, Any]]:
+    """Play the device sensor-1, with the key KEY, for a service SDK's program; returns all that was told."""
+    lines = []
+    for what, value in said:
+        lines.append((what, value))
+        if what == "methods":
+            with online(hub.mqtt_port, "sensor-1", KEY, METHODS) as wire:
+                for _ in range(value):
+                    asked = wire.message()
+                    topic = asked.topic.replace("$iothub/methods/POST/reboot/", "$iothub/methods/res/202/")
+                    wire.send(publish(topic, asked.payload))
+    return lines

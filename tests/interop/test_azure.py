@@ -4,7 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.interop.strangers import HERE, KEY, device_story, hub_on, program, python, the_story_of
+from tests.interop.strangers import (
+    HERE,
+    KEY,
+    back_end_story,
+    device_story,
+    hub_on,
+    program,
+    python,
+    the_story_of,
+)
 from twin_device.hub import LocalHub
 
 # The newest release, and the newest that wants paho-mqtt 2: by their metadata 2.14.0 and both betas of 3.0.0,
@@ -22,12 +31,12 @@ def test_the_device_sdk_sync_and_asyncio_device_and_module(tmp_path: Path, versi
     }
     with (
         python(tmp_path / "venv", f"azure-iot-device=={version}") as interpreter,
-        hub_on(mqtts_port=8883) as hub,
+        hub_on(mqtts_port=8883, http_port=0, owner_key=KEY) as hub,
     ):
         devices = {name: hub.create_device(id, desired={"interval": 30}) for name, id in names.items()}
         texts = [device.connection_string for device in devices.values()]
         with program(interpreter, str(HERE / "azure_device.py"), *texts, hub.ca_file) as said:
-            seen = device_story(said, devices)
+            seen = device_story(said, hub, devices)
     assert seen == {"versions": [version, paho]} | the_story_of(names, refused="ClientError")
 
 
@@ -35,7 +44,7 @@ def test_the_service_sdk(tmp_path: Path) -> None:
     # azure-iot-hub imports six and does not declare it.
     with (
         python(tmp_path / "venv", "azure-iot-hub==2.7.0", "six") as interpreter,
-        LocalHub(mqtts_port=None, https_port=0) as hub,
+        LocalHub(mqtts_port=None, mqtt_port=0, https_port=0) as hub,
         program(
             interpreter,
             str(HERE / "azure_backend.py"),
@@ -43,7 +52,7 @@ def test_the_service_sdk(tmp_path: Path) -> None:
             REQUESTS_CA_BUNDLE=hub.ca_file,
         ) as said,
     ):
-        assert list(said) == [
+        assert back_end_story(said, hub) == [
             ("created", ["sensor-1", "enabled", KEY]),
             ("created twice", 409),
             ("new twin", ["AAAAAAAAAAE=", 2, 1]),
@@ -54,6 +63,20 @@ def test_the_service_sdk(tmp_path: Path) -> None:
             ("modules", ["m"]),
             ("devices", ["sensor-1"]),
             ("query", ["sensor-1"]),
+            ("bulk", [True, []]),
+            ("bulk again", [False, [["sensor-2", "DeviceAlreadyExists"]]]),
+            ("devices", ["sensor-1", "sensor-2", "sensor-3"]),
+            ("bulk deleted", True),
+            ("devices", ["sensor-1", "sensor-3"]),
+            ("not online", 404),
+            ("methods", 2),
+            ("answer", [202, {"delay": 5}]),
+            ("job", ["queued", "completed", 1, 0]),
+            ("twin job", ["completed", 2, 0]),
+            ("twins", [60, 60]),
+            ("scheduled", "scheduled"),
+            ("cancelled", ["cancelled", "cancelled"]),
+            ("jobs' devices", [["sensor-1", "DeviceJob"]]),
             ("disabled", ["disabled", "disabled"]),
             ("statistics", 1),
             ("deleted", 404),
