@@ -6,6 +6,7 @@ until it is cleared.
 """
 
 import itertools
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -61,7 +62,7 @@ _OPERATIONS = (None, "retrieve", "report")
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_integer(value: Any, least: int, most: int) -> bool:
@@ -95,6 +96,10 @@ class Fault:
     id: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.parameters, dict):
+            raise ValueError(f"parameters are a dict, not {self.parameters!r}")
+        if not isinstance(self.device, str | None):
+            raise ValueError(f"device is an identity's id, not {self.device!r}")
         if self.kind not in KINDS:
             raise ValueError(f"no fault {self.kind!r}; there are {', '.join(KINDS)}")
         if self.operation not in _OPERATIONS:
