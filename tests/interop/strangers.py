@@ -4,7 +4,6 @@ Its program prints JSON lines, [what, value]: what it saw, and that it waits for
 """
 
 import errno
-import http.client
 import json
 import os
 import shutil
@@ -18,8 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.hub_wire import METHODS, online, publish, token
-from tests.waiting import PATIENCE
+from tests.hub_wire import METHODS, online, publish
 from twin_device.hub import Device, LocalHub
 
 HERE = Path(__file__).parent
@@ -28,14 +26,15 @@ _INSTALLED_WITHIN = 300
 _OVER_WITHIN = 60
 
 
-def _install(what: str, command: list[str]) -> None:
+def _install(what: str, command: list[str], reason: int) -> None:
+    """reason: which line of its standard error says why it does not install."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_INSTALLED_WITHIN)
     except subprocess.TimeoutExpired:
         pytest.skip(f"{what} does not install here within {_INSTALLED_WITHIN} s")
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()] or [str(done.returncode)]
-        pytest.skip(f"{what} does not install here: {said[-1]}")
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        pytest.skip(f"{what} does not install here: {lines[reason]}")
 
 
 @contextmanager
@@ -46,7 +45,7 @@ def python(folder: Path, *packages: str) -> Iterator[str]:
     # uamqp, which azure-iot-hub needs, takes minutes to build.
     pip = [interpreter, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     try:
-        _install(packages[0], [*pip, "--only-binary", "uamqp", *packages])
+        _install(packages[0], [*pip, "--only-binary", "uamqp", *packages], reason=-1)
         yield interpreter
     finally:
         # pytest keeps the folders of three runs.
@@ -63,8 +62,10 @@ def node(folder: Path, *packages: str) -> Iterator[Path]:
     # Without it npm would look for a project further up.
     (folder / "package.json").write_text('{"private": true}')
     options = ["--prefix", str(folder), "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel", "error"]
+    # By itself it waits a minute and more for a network that is not there.
+    options += ["--fetch-retries", "1", "--fetch-retry-mintimeout", "1000"]
     try:
-        _install(packages[0], [npm, "install", *options, *packages])
+        _install(packages[0], [npm, "install", *options, *packages], reason=0)
         yield folder / "node_modules"
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -104,13 +105,10 @@ def program(*command: str, **environment: str) -> Iterator[Iterator[tuple[str, A
 # ---------------------------------------------------------------------- what is played with them
 
 
-def device_story(
-    said: Iterator[tuple[str, Any]], hub: LocalHub, devices: dict[str, Device]
-) -> dict[str, Any]:
+def device_story(said: Iterator[tuple[str, Any]], devices: dict[str, Device]) -> dict[str, Any]:
     """Play the back end for a device SDK's program; returns what its clients saw, and the back end of them.
 
-    hub: with the key KEY, and plain HTTP. devices: by the names that the program calls its clients; new, with
-    {"interval": 30} desired.
+    devices: by the names that the program calls its clients; new, with {"interval": 30} desired.
     """
     seen: dict[str, Any] = {}
     for what, value in said:
@@ -124,7 +122,8 @@ def device_story(
             devices[name].wait_for(lambda one: one.connections == 2 and one.connected, 20)
             devices[name].patch_desired({"interval": 60, "second": None})
         elif step == "listens":
-            seen[what] = _invoke(hub, devices[name], {"methodName": "reboot", "payload": {"delay": 5}})
+            # Node's does not say when it has subscribed: then the hub has to wait for it.
+            seen[what] = devices[name].invoke_method("reboot", {"delay": 5}, timeout=20, connect_timeout=20)
         elif step == "over":
             seen[what] = devices[name].reported
     return seen
@@ -141,27 +140,11 @@ def the_story_of(names: Iterable[str], refused: Any) -> dict[str, Any]:
             f"{name} patch": {"interval": 15, "first": None, "$version": 2},
             f"{name} refused": refused,
             f"{name} again": {"interval": 60, "second": None, "$version": 3},
-            f"{name} listens": (200, {"status": 202, "payload": {"seconds": 5}}),
+            f"{name} listens": (202, {"seconds": 5}),
             f"{name} asked": ["reboot", {"delay": 5}],
             f"{name} over": {"battery": 54, "nested": {}},
         }
     return seen
-
-
-def _invoke(hub: LocalHub, device: Device, method: dict[str, Any]) -> tuple[int, Any]:
-    """Invoke a direct method as a back end does: the status of HTTP, and the body."""
-    assert hub.http_port is not None
-    # Some SDKs do not say when they have subscribed: then the hub has to wait for them.
-    body = {"connectTimeoutInSeconds": 20, "responseTimeoutInSeconds": 20, **method}
-    path = f"/twins/{device.id.replace('/', '/modules/')}/methods?api-version=2021-04-12"
-    authorization = token(resource="localhost", key=KEY, policy="iothubowner")
-    connection = http.client.HTTPConnection("127.0.0.1", hub.http_port, timeout=20 + 20 + PATIENCE)
-    try:
-        connection.request("POST", path, json.dumps(body), {"Authorization": authorization})
-        response = connection.getresponse()
-        return response.status, json.load(response)
-    finally:
-        connection.close()
 
 
 def back_end_story(said: Iterator[tuple[str, Any]], hub: LocalHub) -> list[tuple[str, Any]]:

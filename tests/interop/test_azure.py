@@ -31,12 +31,12 @@ def test_the_device_sdk_sync_and_asyncio_device_and_module(tmp_path: Path, versi
     }
     with (
         python(tmp_path / "venv", f"azure-iot-device=={version}") as interpreter,
-        hub_on(mqtts_port=8883, http_port=0, owner_key=KEY) as hub,
+        hub_on(mqtts_port=8883) as hub,
     ):
         devices = {name: hub.create_device(id, desired={"interval": 30}) for name, id in names.items()}
         texts = [device.connection_string for device in devices.values()]
         with program(interpreter, str(HERE / "azure_device.py"), *texts, hub.ca_file) as said:
-            seen = device_story(said, hub, devices)
+            seen = device_story(said, devices)
     assert seen == {"versions": [version, paho]} | the_story_of(names, refused="ClientError")
 
 

@@ -30,7 +30,7 @@ def modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def test_the_device_sdk_device_and_module(modules: Path) -> None:
     names = {"device": "sensor-1", "module": "sensor-1/m"}
     # This SDK takes any port from the connection string.
-    with LocalHub(http_port=0, owner_key=KEY) as hub:
+    with LocalHub() as hub:
         devices = {name: hub.create_device(id, desired={"interval": 30}) for name, id in names.items()}
         with program(
             "node",
@@ -39,7 +39,7 @@ def test_the_device_sdk_device_and_module(modules: Path) -> None:
             NODE_PATH=str(modules),
             NODE_EXTRA_CA_CERTS=hub.ca_file,
         ) as said:
-            seen = device_story(said, hub, devices)
+            seen = device_story(said, devices)
     assert seen == the_story_of(names, refused=True)
 
 
