@@ -6,13 +6,16 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.hub_wire import METHODS, Closed, online, publish
 from tests.waiting import PATIENCE, wait_until
 from twin_device.hub import Device, LocalHub
 
@@ -124,10 +127,13 @@ def test_hub_run_says_how_to_connect_and_ends_cleanly(tmp_path: Path, number: si
         "--device",
         "gw/mod",
     )
-    with running("hub", "run", *arguments, "--certificates", str(tmp_path), "--json") as process:
+    arguments = (*arguments, "--https-port", "auto", "--certificates", str(tmp_path), "--json")
+    with running("hub", "run", *arguments) as process:
         ready = json.loads(line(process))
-        assert list(ready) == ["event", "mqtts", "mqtt", "https", "http", "ca", "service", "devices"]
+        names = ["event", "mqtts", "mqtt", "https", "http", "ca", "service", "page", "devices"]
+        assert list(ready) == names
         assert ready["event"] == "ready"
+        assert ready["page"].startswith("https://localhost:")
         assert ready["ca"] == str(tmp_path / "ca.pem")
         assert (
             ready["devices"]["dev-1"]
@@ -145,11 +151,11 @@ def test_hub_run_says_how_to_connect_and_ends_cleanly(tmp_path: Path, number: si
 
 
 def test_hub_run_prints_lines_for_people() -> None:
-    with running(
-        "hub", "run", "--mqtts-port", "auto", "--https-port", "0", "--device", f"dev-1:{KEY}"
-    ) as process:
+    ports = ("--mqtts-port", "auto", "--https-port", "0", "--http-port", "auto")
+    with running("hub", "run", *ports, "--device", f"dev-1:{KEY}") as process:
         assert line(process).startswith("ready: mqtts ")
-        assert line(process).startswith("back end: HostName=localhost;SharedAccessKeyName=iothubowner;")
+        assert line(process).startswith("back end: HostName=localhost:")
+        assert line(process).startswith("page: http://localhost:")
         assert line(process).startswith("device dev-1: HostName=localhost:")
 
 
@@ -233,6 +239,19 @@ def test_the_plaintext_port_serves_where_it_is_asked_for(served: LocalHub) -> No
         (["device", "create", "a"], 1, "status 409 DeviceAlreadyExists"),
         (["device", "create", "b", "--key", "short!"], 2, "SharedAccessKey is not base64"),
         (["query", "SELECT nonsense"], 1, "status 400 ArgumentInvalid"),
+        (["method", "a", "reboot"], 1, "status 404 DeviceNotOnline"),
+        (["method", "a", "reboot", "--payload", "{"], 2, "the payload is not JSON"),
+        (["job", "show", "nobody"], 2, "there is no job 'nobody'"),
+        (["job", "results", "nobody"], 2, "there is no job 'nobody'"),
+        (["job", "cancel", "nobody"], 1, "status 404 JobNotFound"),
+        (["job", "update", "j", "{}", "--where", "tags.a ="], 1, "status 400 ArgumentInvalid"),
+        (["job", "update", "j", "[]", "--where", "*"], 2, "the document is a JSON object, not list"),
+        (["job", "update", "j", "{}", "--where", "*", "--start", "soon"], 1, "startTime is a time in ISO"),
+        (["events", "--source", "tweets"], 1, "there are no events 'tweets'"),
+        (["fault", "set", "gremlins"], 1, "no fault 'gremlins'; there are answer_lost"),
+        (["fault", "set", "quota", "--with", "x"], 2, "--with is NAME=VALUE, not 'x'"),
+        (["fault", "clear", "7"], 1, "status 404 FaultNotFound"),
+        (["fault", "disconnect", "nobody"], 1, "status 404 DeviceNotFound"),
     ],
 )
 def test_what_a_hub_refuses_is_one_line(
@@ -243,6 +262,159 @@ def test_what_a_hub_refuses_is_one_line(
     assert (done.returncode, done.stdout) == (status, "")
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_job_updates_twins(served: LocalHub) -> None:
+    for name in ("a", "b", "c"):
+        served.create_device(name, tags={"floor": 1 if name == "c" else 3})
+    where = ("--where", "tags.floor = 3")
+    done = back_end(served, "job", "update", "j-1", '{"interval": 60}', *where, "--wait")
+    assert done.returncode == 0, done.stderr
+    job = json.loads(done.stdout)
+    assert (job["status"], job["deviceJobStatistics"]["succeededCount"]) == ("completed", 2)
+    assert [served.device(name).desired for name in "abc"] == [{"interval": 60}, {"interval": 60}, {}]
+    back_end(served, "job", "tags", "j-2", "-", *where, "--wait", stdin='{"floor": 4}')
+    assert [served.device(name).twin["tags"]["floor"] for name in "abc"] == [4, 4, 1]
+    assert json.loads(back_end(served, "job", "show", "j-1").stdout) == job
+    table = back_end(served, "job", "results", "j-1").stdout.splitlines()
+    assert [row.split()[:2] for row in table] == [
+        ["deviceId", "status"],
+        ["a", "completed"],
+        ["b", "completed"],
+    ]
+    listed = json.loads(back_end(served, "job", "list", "--json").stdout)
+    assert [one["jobId"] for one in listed] == ["j-1", "j-2"]
+    assert back_end(served, "job", "list").stdout.splitlines()[1].startswith("j-1    scheduleUpdateTwin")
+
+
+def test_a_job_that_fails_somewhere_is_exit_status_1(served: LocalHub) -> None:
+    served.create_device("a")
+    done = back_end(served, "job", "method", "j-1", "reboot", "--where", "*", "--wait")
+    assert (done.returncode, json.loads(done.stdout)["deviceJobStatistics"]["failedCount"]) == (1, 1)
+    assert "404103" in back_end(served, "job", "results", "j-1").stdout
+
+
+def test_a_job_for_later_is_cancelled(served: LocalHub) -> None:
+    arguments = ("job", "update", "j-1", "{}", "--where", "*", "--start", "2999-01-01T00:00:00Z")
+    done = back_end(served, *arguments)
+    assert (done.returncode, json.loads(done.stdout)["status"]) == (0, "scheduled")
+    done = back_end(served, *arguments[:2], "j-2", *arguments[3:], "--wait", "--timeout", "0.1")
+    assert done.returncode == 1
+    assert "job j-2 is scheduled after 0.1 s" in done.stderr
+    assert back_end(served, "job", "cancel", "j-1").returncode == 0
+    assert "cancelled" in back_end(served, "job", "list").stdout
+
+
+def test_a_direct_method(served: LocalHub) -> None:
+    served.create_device("dev", KEY)
+    with online(served.mqtts_port, "dev", KEY, METHODS, ca_file=served.ca_file) as wire:
+        arguments = ("hub", "method", "dev", "reboot", "--payload", '{"delay": 3}')
+        connection = ("--connection-string", served.service_connection_string, "--ca-file", served.ca_file)
+        with running(*arguments, *connection) as process:
+            message = wire.message()
+            assert message.payload == b'{"delay":3}'
+            request_id = message.topic.partition("$rid=")[2]
+            wire.send(publish(f"$iothub/methods/res/200/?$rid={request_id}", b'{"done": true}'))
+            output, errors = process.communicate(timeout=PATIENCE)
+    assert (json.loads(output), process.returncode) == ({"status": 200, "payload": {"done": True}}, 0), errors
+
+
+def listening(hub: LocalHub, *arguments: str) -> Any:
+    connection = ("--connection-string", hub.service_connection_string, "--ca-file", hub.ca_file)
+    return running("hub", "events", *arguments, *connection)
+
+
+def test_events_are_printed_as_they_happen(served: LocalHub) -> None:
+    device = served.create_device("dev", KEY)
+    publisher = served._endpoint.events
+    sources = ("--source", "twinChangeEvents", "--source", "packets", "--source", "faults")
+    with listening(served, *sources) as one:
+        wait_until(lambda: publisher.wants("packets"), "somebody listens")
+        device.patch_desired({"a": 1})
+        words = line(one).split(" ", 3)
+        assert words[1:3] == ["dev", "updateTwin"]
+        assert json.loads(words[3])["properties"]["desired"]["a"] == 1
+        served.fault("quota").clear()
+        assert line(one).split(" ")[1:3] == ["-", "faults"]
+        with online(served.mqtts_port, "dev", KEY, METHODS, ca_file=served.ca_file):
+            assert line(one).split(" ", 1)[1] == "dev in CONNECT\n"
+        if os.name == "posix":
+            assert finish(one, signal.SIGTERM) == 0
+    wait_until(lambda: not publisher.wants("faults"), "nobody listens any more")
+    with listening(served, "--json", "--count", "1", "--device", "dev") as one:
+        wait_until(lambda: publisher.wants("twinChangeEvents"), "somebody listens")
+        served.create_device("other")
+        device.patch_tags({"x": 1})
+        output, errors = one.communicate(timeout=PATIENCE)
+    assert (one.returncode, errors) == (0, "")
+    event = json.loads(output)
+    assert (event["device"], event["body"]["tags"]) == ("dev", {"x": 1})
+
+
+def test_a_stream_that_ends_is_exit_status_1(served: LocalHub) -> None:
+    with listening(served) as one:
+        wait_until(lambda: served._endpoint.events.wants("faults"), "somebody listens")
+        served.close()
+        output, errors = one.communicate(timeout=PATIENCE)
+    assert (one.returncode, output) == (1, "")
+    assert "ended the stream of its events" in errors
+
+
+def test_faults_are_set_and_cleared(served: LocalHub) -> None:
+    arguments = ("answer_status", "--operation", "report", "--times", "3", "--with", "status=503")
+    done = back_end(served, "fault", "set", *arguments, "--with", "body=not JSON", "--device", "dev")
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+    (fault,) = served.faults
+    assert (fault.kind, fault.device, fault.operation, fault.times) == ("answer_status", "dev", "report", 3)
+    assert fault.parameters == {"status": 503, "error_code": None, "body": "not JSON"}
+    assert back_end(served, "fault", "set", "quota", "--seconds", "60").stdout == "2\n"
+    listed = json.loads(back_end(served, "fault", "list", "--json").stdout)
+    assert [one["kind"] for one in listed] == ["answer_status", "quota"]
+    assert back_end(served, "fault", "clear", "1").returncode == 0
+    assert [one.kind for one in served.faults] == ["quota"]
+    assert back_end(served, "fault", "clear").returncode == 0
+    assert back_end(served, "fault", "list").stdout == ""
+    kinds = back_end(served, "fault", "kinds").stdout
+    assert "answer_late             seconds_late=1.0  " in kinds
+    assert json.loads(back_end(served, "fault", "kinds", "--json").stdout)["quota"]["parameters"] == {}
+
+
+def test_sessions_and_connections_are_ended(served: LocalHub) -> None:
+    served.create_device("dev", KEY)
+    with online(served.mqtts_port, "dev", KEY, METHODS, ca_file=served.ca_file) as wire:
+        assert back_end(served, "fault", "forget-sessions").returncode == 0
+        assert served._endpoint.sessions == {}
+        assert back_end(served, "fault", "disconnect", "dev").returncode == 0
+        with pytest.raises(Closed):
+            wire.packet()
+
+
+@pytest.mark.parametrize("command", ["events", "fault list", "fault set quota", "fault clear"])
+def test_only_a_local_hub_has_events_and_faults(command: str) -> None:
+    class Another(BaseHTTPRequestHandler):
+        """A hub that has never heard of them."""
+
+        def do_GET(self) -> None:
+            self.send_response(404)
+            self.send_header("iothub-errorcode", "ResourceNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_POST = do_DELETE = do_GET
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Another) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        name = f"127.0.0.1:{server.server_address[1]}"
+        text = f"HostName={name};SharedAccessKeyName=iothubowner;SharedAccessKey={KEY}"
+        done = run("hub", *command.split(), "--plaintext", "--connection-string", text)
+        server.shutdown()
+        thread.join(PATIENCE)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"twin-device: {name} is no local hub: only that has events and faults\n"
 
 
 # ---------------------------------------------------------------------- a device's twin
@@ -366,6 +538,14 @@ def test_an_error_is_one_line_and_a_status(arguments: list[str], status: int, me
         "hub twin",
         "hub twin update",
         "hub query",
+        "hub method",
+        "hub job",
+        "hub job update",
+        "hub job method",
+        "hub job results",
+        "hub events",
+        "hub fault",
+        "hub fault set",
         "get",
         "watch",
         "report",
@@ -379,7 +559,20 @@ def test_help_is_there(command: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "hub", "hub twin", "fly", "report", "get --timeout never", "hub run --mqtts-port 70000"]
+    "command",
+    [
+        "",
+        "hub",
+        "hub twin",
+        "hub job",
+        "hub fault",
+        "hub job update j {}",
+        "hub events --count x",
+        "fly",
+        "report",
+        "get --timeout never",
+        "hub run --mqtts-port 70000",
+    ],
 )
 def test_wrong_use_is_exit_status_2(command: str) -> None:
     assert run(*command.split()).returncode == 2

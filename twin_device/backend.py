@@ -7,6 +7,8 @@ import http.client
 import json
 import ssl
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 from urllib.parse import quote
@@ -126,17 +128,108 @@ class Backend:
 
     def query(self, text: str) -> list[dict[str, Any]]:
         """All rows of a query, page by page."""
+        return self._pages("POST", "/devices/query", {"query": text})
+
+    # ------------------------------------------------------------------ direct methods and jobs
+
+    def invoke(self, name: str, method: dict[str, Any]) -> dict[str, Any]:
+        """Have a device perform a direct method; returns {"status": ..., "payload": ...}.
+
+        method: {"methodName": ..., "payload": ..., "responseTimeoutInSeconds": ...}. The request's own
+        timeout has to be longer than the method's.
+        """
+        answer: dict[str, Any] = self._ask("POST", f"{_twin_path(name)}/methods", method)[0]
+        return answer
+
+    def create_job(self, job_id: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Make a job of {"type": ..., "queryCondition": ..., ...} and return it as it is then."""
+        made: dict[str, Any] = self._ask("PUT", _job_path(job_id), {"jobId": job_id, **body})[0]
+        return made
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        """A job as it is now. LocalError: there is none, which hubs tell by its status "unknown"."""
+        found: dict[str, Any] = self._ask("GET", _job_path(job_id))[0]
+        if found.get("status") == "unknown":
+            raise LocalError(f"there is no job {job_id!r}")
+        return found
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """All jobs that the hub still knows."""
+        return self._pages("GET", "/jobs/v2/query", None)
+
+    def cancel_job(self, job_id: str) -> dict[str, Any]:
+        cancelled: dict[str, Any] = self._ask("POST", f"{_job_path(job_id)}/cancel")[0]
+        return cancelled
+
+    # ------------------------------------------------------------------ what only the local hub has
+
+    def events(self, sources: list[str], device: str | None) -> Iterator[dict[str, Any]]:
+        """Its events from now on, without an end; sources: all but packets when empty. The first thing that
+        comes is {}, once nothing is missed any more.
+
+        RemoteError: the stream ended, or was silent for the connection's timeout.
+        """
+        query = "".join(f"&source={quote(source, safe='')}" for source in sources)
+        if device is not None:
+            query += f"&deviceId={quote(device, safe='')}"
+        with self._local(), self._opened("GET", f"/local/events?{query.lstrip('&')}") as answer:
+            yield {}
+            for line in answer:
+                name, _, value = line.rstrip(b"\r\n").partition(b": ")
+                if name == b"data":
+                    yield json.loads(value)
+        raise RemoteError(f"{self._where} ended the stream of its events")
+
+    def faults(self) -> dict[str, Any]:
+        """{"kinds": what there is, "active": what is set}."""
+        with self._local():
+            found: dict[str, Any] = self._ask("GET", "/local/faults")[0]
+        return found
+
+    def set_fault(self, fault: dict[str, Any]) -> dict[str, Any]:
+        """Set one; returns it with its id."""
+        with self._local():
+            made: dict[str, Any] = self._ask("POST", "/local/faults", fault)[0]
+        return made
+
+    def clear_faults(self, fault_id: str | None = None) -> None:
+        """Clear one, or all."""
+        with self._local():
+            self._ask(
+                "DELETE", "/local/faults" + ("" if fault_id is None else f"/{quote(fault_id, safe='')}")
+            )
+
+    def forget_sessions(self) -> None:
+        """Have the hub forget what devices subscribed to."""
+        with self._local():
+            self._ask("DELETE", "/local/sessions")
+
+    def disconnect(self, name: str) -> None:
+        """End a device's connection, like a network that is gone."""
+        with self._local():
+            self._ask("DELETE", f"/local/connections/{quote(name, safe='')}")
+
+    @contextmanager
+    def _local(self) -> Iterator[None]:
+        try:
+            yield
+        except BackendRefused as error:
+            if error.status == 404 and error.code not in ("DeviceNotFound", "FaultNotFound"):
+                raise LocalError(f"{self._where} is no local hub: only that has events and faults") from None
+            raise
+
+    # ------------------------------------------------------------------ every request
+
+    def _pages(self, method: str, path: str, body: Any) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
         continuation = None
         while True:
             headers = {"x-ms-continuation": continuation} if continuation else None
-            page, answer = self._ask("POST", "/devices/query", {"query": text}, headers=headers)
+            page, answer = self._ask(method, path, body, headers=headers)
             rows += page
             continuation = answer.get("x-ms-continuation")
             if not continuation:
                 return rows
-
-    # ------------------------------------------------------------------ every request
 
     def _ask(
         self,
@@ -147,6 +240,20 @@ class Backend:
         if_match: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> tuple[Any, Any]:
+        with self._opened(method, path, body, if_match=if_match, headers=headers) as answer:
+            return _decoded(answer.read()), answer.headers
+
+    @contextmanager
+    def _opened(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        if_match: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> Iterator[http.client.HTTPResponse]:
+        """The answer to a request, its body still to be read."""
         expiry = int(time.time()) + _TOKEN_LIFETIME
         sent = {
             "Authorization": sas_token(self._host, self._key, expiry, self._policy),
@@ -160,25 +267,30 @@ class Backend:
         try:
             self._connection.request(method, f"{path}{mark}api-version={API_VERSION}", payload, sent)
             answer = self._connection.getresponse()
-            text = answer.read()
+            if answer.status >= 300:
+                raise _refused(answer, answer.read())
+            yield answer
         except ssl.SSLCertVerificationError as error:
             why = f"the certificate of {self._where} is not to be trusted: {error.verify_message}"
             raise RemoteError(why) from None
         except (OSError, http.client.HTTPException) as error:
             why = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise RemoteError(f"cannot reach {self._where}: {why}") from None
-        try:
-            found = json.loads(text) if text else None
-        except ValueError:
-            found = None
-        if answer.status >= 300:
-            message = (
-                found.get("Message", "") if isinstance(found, dict) else text[:200].decode(errors="replace")
-            )
-            if isinstance(message, dict):
-                message = message.get("message", "")
-            raise BackendRefused(answer.status, answer.headers.get("iothub-errorcode", ""), str(message))
-        return found, answer.headers
+
+
+def _decoded(text: bytes) -> Any:
+    try:
+        return json.loads(text) if text else None
+    except ValueError:
+        return None
+
+
+def _refused(answer: http.client.HTTPResponse, text: bytes) -> BackendRefused:
+    found = _decoded(text)
+    message = found.get("Message", "") if isinstance(found, dict) else text[:200].decode(errors="replace")
+    if isinstance(message, dict):
+        message = message.get("message", "")
+    return BackendRefused(answer.status, answer.headers.get("iothub-errorcode", ""), str(message))
 
 
 def _identity_path(name: str) -> str:
@@ -188,3 +300,7 @@ def _identity_path(name: str) -> str:
 
 def _twin_path(name: str) -> str:
     return "/twins" + _identity_path(name)[len("/devices") :]
+
+
+def _job_path(job_id: str) -> str:
+    return f"/jobs/v2/{quote(job_id, safe='')}"

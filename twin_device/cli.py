@@ -7,13 +7,17 @@ import os
 import signal
 import sys
 import threading
+import time
+from contextlib import suppress
+from datetime import datetime
 from typing import Any
 
 from . import __version__
-from .core.errors import LocalError, TwinError
+from .core.errors import LocalError, RemoteError, TwinError
 
 _VARIABLE = "IOTHUB_DEVICE_CONNECTION_STRING"
 _SERVICE_VARIABLE = "IOTHUB_CONNECTION_STRING"
+_JOB_POLL = 0.2  # seconds
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -110,7 +114,8 @@ def _parser() -> argparse.ArgumentParser:
         type=port,
         default=0,
         metavar="PORT",
-        help="the REST API in plaintext, on loopback only; 0 is off, auto a free port (default 0)",
+        help="the REST API and a web page in plaintext, on loopback only; 0 is off, auto a free port "
+        "(default 0)",
     )
     run.add_argument(
         "--host-name",
@@ -135,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--data",
         metavar="DIR",
-        help="keep identities, twins and sessions there over a restart (default: in memory alone)",
+        help="keep identities, twins, sessions and jobs there over a restart (default: in memory alone)",
     )
     run.add_argument("--json", action="store_true", help="print the line that says how to connect as JSON")
     run.set_defaults(run=_hub_run)
@@ -245,9 +250,177 @@ def _add_backend_commands(commands: Any) -> None:
         description="Run a query in IoT Hub's query language and print its rows as a table.",
         epilog="""Example: twin-device hub query "SELECT deviceId, version FROM devices" """,
     )
-    query.add_argument("text", metavar="QUERY", help="SELECT ... FROM devices or devices.modules ...")
+    query.add_argument(
+        "text", metavar="QUERY", help="SELECT ... FROM devices, devices.modules or devices.jobs ..."
+    )
     query.add_argument("--json", action="store_true", help="print the rows as a JSON array")
     query.set_defaults(run=_hub_query)
+
+    about = "have a device perform a direct method"
+    method = commands.add_parser(
+        "method",
+        parents=[hub],
+        help=about,
+        description=about.capitalize() + ". Prints its status and payload as JSON.",
+        epilog="""Example: twin-device hub method sensor-temp-042 reboot --payload '{"delay": 3}'""",
+    )
+    method.add_argument("name", metavar="ID", help=name_help)
+    _add_method_options(method)
+    method.set_defaults(run=_hub_method)
+    _add_job_commands(commands, hub)
+    _add_local_commands(commands, hub)
+
+
+def _add_method_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("method", metavar="METHOD", help="the method's name")
+    parser.add_argument("--payload", metavar="JSON", help="what the device is given; nothing when absent")
+    parser.add_argument(
+        "--response-timeout",
+        type=_count,
+        default=30,
+        metavar="SECONDS",
+        help="wait this long for the device's answer (default 30)",
+    )
+    parser.add_argument(
+        "--connect-timeout",
+        type=_count,
+        default=0,
+        metavar="SECONDS",
+        help="wait this long for a device that is not there (default 0)",
+    )
+
+
+def _add_job_commands(commands: Any, hub: argparse.ArgumentParser) -> None:
+    job = commands.add_parser(
+        "job",
+        help="update the twins of many devices, or have them perform a method",
+        description="Jobs: one piece of work for every device that a condition chooses.",
+    )
+    job.set_defaults(parser=job)
+    jobs = job.add_subparsers(metavar="COMMAND")
+    chosen = argparse.ArgumentParser(add_help=False)
+    chosen.add_argument(
+        "--where",
+        metavar="CONDITION",
+        required=True,
+        help="which devices, as behind WHERE in a query; '*' is all",
+    )
+    chosen.add_argument("--start", metavar="TIME", help="when, in ISO 8601 with Z (default: at once)")
+    chosen.add_argument(
+        "--longest", type=_count, default=3600, metavar="SECONDS", help="its longest time (default 3600)"
+    )
+    chosen.add_argument(
+        "--wait",
+        action="store_true",
+        help="wait until it is done, at most --timeout seconds; exit status 1 if it failed on a device",
+    )
+    for word, about, section in (
+        ("update", "merge a patch into the desired properties of many devices", "desired"),
+        ("tags", "merge a patch into the tags of many devices", "tags"),
+    ):
+        one = jobs.add_parser(
+            word,
+            parents=[hub, chosen],
+            help=about,
+            description=about.capitalize() + ".",
+            epilog=f"""Example: twin-device hub job {word} job-1 '{{"a": 1}}' --where "tags.site = 'A'" """,
+        )
+        one.add_argument("job", metavar="JOB", help="a new name: letters, digits and dashes")
+        one.add_argument("document", metavar="JSON", help="the patch, or - to read it from standard input")
+        one.set_defaults(run=_job_update, section=section)
+    about = "have many devices perform a direct method"
+    one = jobs.add_parser("method", parents=[hub, chosen], help=about, description=about.capitalize() + ".")
+    one.add_argument("job", metavar="JOB", help="a new name: letters, digits and dashes")
+    _add_method_options(one)
+    one.set_defaults(run=_job_method)
+    for word, about, work in (
+        ("show", "print a job as JSON", _job_show),
+        ("results", "print what became of a job on each device", _job_results),
+        ("cancel", "do no more of a job", _job_cancel),
+    ):
+        one = jobs.add_parser(word, parents=[hub], help=about, description=about.capitalize() + ".")
+        one.add_argument("job", metavar="JOB")
+        if word == "results":
+            one.add_argument("--json", action="store_true", help="print the rows as a JSON array")
+        one.set_defaults(run=work)
+    about = "list the jobs that the hub still knows"
+    one = jobs.add_parser("list", parents=[hub], help=about, description=about.capitalize() + ".")
+    one.add_argument("--json", action="store_true", help="print them as a JSON array")
+    one.set_defaults(run=_job_list)
+
+
+def _add_local_commands(commands: Any, hub: argparse.ArgumentParser) -> None:
+    about = "print what happens in a local hub, as it happens"
+    events = commands.add_parser(
+        "events",
+        parents=[hub],
+        help=about,
+        description=about.capitalize() + ": one line an event, until SIGINT. Only the local hub has this.",
+        epilog="Sources: twinChangeEvents, deviceLifecycleEvents, deviceConnectionStateEvents, Telemetry, "
+        "packets, faults.",
+    )
+    events.add_argument(
+        "--source",
+        action="append",
+        default=[],
+        metavar="SOURCE",
+        help="only these; may be repeated (default: all but packets)",
+    )
+    events.add_argument("--device", metavar="ID", help="only of this device, or DEVICE/MODULE")
+    events.add_argument("--count", type=_count, metavar="NUMBER", help="end after so many")
+    events.add_argument("--json", action="store_true", help="print each event as a line of JSON")
+    events.set_defaults(run=_hub_events)
+
+    fault = commands.add_parser(
+        "fault",
+        help="have a local hub do wrong",
+        description="What a local hub does wrong on demand. Only the local hub has this.",
+    )
+    fault.set_defaults(parser=fault)
+    faults = fault.add_subparsers(metavar="COMMAND")
+    about = "have something go wrong from now on; prints its id"
+    one = faults.add_parser(
+        "set",
+        parents=[hub],
+        help=about,
+        description=about.capitalize() + ".",
+        epilog="Example: twin-device hub fault set answer_late --operation report --times 3 "
+        "--with seconds_late=2",
+    )
+    one.add_argument("kind", metavar="KIND", help="what: see twin-device hub fault kinds")
+    one.add_argument("--device", metavar="ID", help="only with this device, or DEVICE/MODULE")
+    one.add_argument("--operation", choices=("retrieve", "report"), help="only with this operation")
+    one.add_argument("--times", type=_count, metavar="NUMBER", help="how often")
+    one.add_argument("--seconds", type=_seconds, metavar="SECONDS", help="how long")
+    one.add_argument(
+        "--with",
+        dest="parameters",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a parameter of the kind; the value is JSON or text; may be repeated",
+    )
+    one.set_defaults(run=_fault_set)
+    for word, about, work in (
+        ("kinds", "list what can go wrong", _fault_kinds),
+        ("list", "list what is set", _fault_list),
+    ):
+        one = faults.add_parser(word, parents=[hub], help=about, description=about.capitalize() + ".")
+        one.add_argument("--json", action="store_true", help="print it as JSON")
+        one.set_defaults(run=work)
+    about = "clear one fault, or all"
+    one = faults.add_parser("clear", parents=[hub], help=about, description=about.capitalize() + ".")
+    one.add_argument("fault", metavar="FAULT", nargs="?", help="the number that set printed")
+    one.set_defaults(run=_fault_clear)
+    about = "forget what devices subscribed to and which messages wait for them"
+    one = faults.add_parser(
+        "forget-sessions", parents=[hub], help=about, description=about.capitalize() + "."
+    )
+    one.set_defaults(run=_fault_forget_sessions)
+    about = "end a device's connection"
+    one = faults.add_parser("disconnect", parents=[hub], help=about, description=about.capitalize() + ".")
+    one.add_argument("name", metavar="ID", help="the device, or DEVICE/MODULE")
+    one.set_defaults(run=_fault_disconnect)
 
 
 def _add_connection_options(parser: argparse.ArgumentParser) -> None:
@@ -278,6 +451,12 @@ def _seconds(text: str) -> float:
     if not 0 < seconds < 1e6:
         raise argparse.ArgumentTypeError(f"a time is a positive number of seconds, not {text!r}")
     return seconds
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise argparse.ArgumentTypeError(f"a number from 0 up, not {text!r}")
+    return int(text)
 
 
 def _line(document: Any) -> str:
@@ -355,6 +534,7 @@ def _hub_run(options: argparse.Namespace) -> int:
             "http": hub.http_port or 0,
             "ca": os.path.abspath(hub.ca_file) if encrypted else None,
             "service": hub.service_connection_string,
+            "page": hub.page_url,
             "devices": devices,
         }
         if options.json:
@@ -363,6 +543,8 @@ def _hub_run(options: argparse.Namespace) -> int:
             ports = [f"{name} {ready[name]}" for name in ("mqtts", "mqtt", "https", "http") if ready[name]]
             print(f"ready: {', '.join(ports) or 'no port'}" + (f"; CA {ready['ca']}" if encrypted else ""))
             print(f"back end: {ready['service']}")
+            if hub.http_port is not None:
+                print(f"page: {ready['page']}")
             for name, text in devices.items():
                 print(f"device {name}: {text}")
             sys.stdout.flush()
@@ -384,11 +566,15 @@ def _backend(options: argparse.Namespace) -> Any:
     return Backend(text, ca_file=options.ca_file, tls=not options.plaintext, timeout=options.timeout)
 
 
-def _document(text: str) -> dict[str, Any]:
+def _json(text: str, what: str) -> Any:
     try:
-        document = json.loads(sys.stdin.read() if text == "-" else text)
+        return json.loads(sys.stdin.read() if text == "-" else text)
     except (ValueError, RecursionError) as error:
-        raise LocalError(f"the document is not JSON: {error}") from None
+        raise LocalError(f"{what} is not JSON: {error}") from None
+
+
+def _document(text: str) -> dict[str, Any]:
+    document = _json(text, "the document")
     if not isinstance(document, dict):
         raise LocalError(f"the document is a JSON object, not {type(document).__name__}")
     return document
@@ -457,6 +643,184 @@ def _twin_tags(options: argparse.Namespace) -> int:
 def _hub_query(options: argparse.Namespace) -> int:
     with _backend(options) as backend:
         _print_rows(backend.query(options.text), options.json)
+    return 0
+
+
+def _method(options: argparse.Namespace) -> dict[str, Any]:
+    method: dict[str, Any] = {
+        "methodName": options.method,
+        "responseTimeoutInSeconds": options.response_timeout,
+        "connectTimeoutInSeconds": options.connect_timeout,
+    }
+    if options.payload is not None:
+        method["payload"] = _json(options.payload, "the payload")
+    return method
+
+
+def _hub_method(options: argparse.Namespace) -> int:
+    method = _method(options)
+    # The hub answers when the device has, or that it did not.
+    options.timeout = max(options.timeout, options.response_timeout + options.connect_timeout + 10)
+    with _backend(options) as backend:
+        _print_document(backend.invoke(options.name, method))
+    return 0
+
+
+def _job_update(options: argparse.Namespace) -> int:
+    document = _document(options.document)
+    twin = {"tags": document} if options.section == "tags" else {"properties": {"desired": document}}
+    return _make_job(options, {"type": "scheduleUpdateTwin", "updateTwin": {"etag": "*", **twin}})
+
+
+def _job_method(options: argparse.Namespace) -> int:
+    return _make_job(options, {"type": "scheduleDeviceMethod", "cloudToDeviceMethod": _method(options)})
+
+
+def _make_job(options: argparse.Namespace, work: dict[str, Any]) -> int:
+    body = {**work, "queryCondition": options.where, "maxExecutionTimeInSeconds": options.longest}
+    if options.start is not None:
+        body["startTime"] = options.start
+    with _backend(options) as backend:
+        job = backend.create_job(options.job, body)
+        if options.wait:
+            deadline = time.monotonic() + options.timeout
+            while job.get("status") not in ("completed", "failed", "cancelled"):
+                if time.monotonic() > deadline:
+                    raise RemoteError(f"job {options.job} is {job['status']} after {options.timeout:g} s")
+                time.sleep(_JOB_POLL)
+                job = backend.job(options.job)
+    _print_document(job)
+    failed = (job.get("deviceJobStatistics") or {}).get("failedCount")
+    return 1 if options.wait and (failed or job["status"] != "completed") else 0
+
+
+def _job_show(options: argparse.Namespace) -> int:
+    with _backend(options) as backend:
+        _print_document(backend.job(options.job))
+    return 0
+
+
+def _job_results(options: argparse.Namespace) -> int:
+    with _backend(options) as backend:
+        backend.job(options.job)
+        text = f"SELECT * FROM devices.jobs WHERE devices.jobs.jobId = {json.dumps(options.job)}"  # noqa: S608  # no SQL
+        rows = backend.query(text)
+    if not options.json:
+        names = ("deviceId", "status", "outcome", "error", "endTimeUtc")
+        rows = [{name: row.get(name) for name in names} for row in rows]
+        for row in rows:
+            row["outcome"] = (row["outcome"] or {}).get("deviceMethodResponse")
+    _print_rows(rows, options.json)
+    return 0
+
+
+def _job_cancel(options: argparse.Namespace) -> int:
+    with _backend(options) as backend:
+        backend.cancel_job(options.job)
+    return 0
+
+
+def _job_list(options: argparse.Namespace) -> int:
+    with _backend(options) as backend:
+        jobs = backend.jobs()
+    if not options.json:
+        names = ("jobId", "type", "status", "queryCondition", "startTime", "endTime")
+        counts = ("deviceCount", "succeededCount", "failedCount")
+        jobs = [
+            {name: job.get(name) for name in names}
+            | {name: (job.get("deviceJobStatistics") or {}).get(name) for name in counts}
+            for job in jobs
+        ]
+    _print_rows(jobs, options.json)
+    return 0
+
+
+def _hub_events(options: argparse.Namespace) -> int:
+    left = options.count
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # The hub says every 15 s that it is there.
+    options.timeout = max(options.timeout, 60.0)
+    with suppress(KeyboardInterrupt), _backend(options) as backend:
+        for event in backend.events(options.source, options.device):
+            if left == 0:
+                break
+            if event:
+                print(_line(event) if options.json else _told(event), flush=True)
+                left = None if left is None else left - 1
+                if left == 0:
+                    break
+    return 0
+
+
+def _told(event: dict[str, Any]) -> str:
+    """An event in a line: when, of whom, what."""
+    if "count" in event:
+        return f"({event['count']} events were missed: they came too fast)"
+    when = datetime.fromtimestamp(event["time"]).strftime("%H:%M:%S.%f")[:-3]
+    body = event["body"]
+    if event["source"] == "packets":
+        words = [body["direction"], body["kind"], body["topic"] or "", body["payload"]]
+        return " ".join([when, event["device"], *(word for word in words if word)])
+    words = [when, event["device"] or "-", event["properties"].get("opType") or event["source"]]
+    return " ".join([*words, body if isinstance(body, str) else _line(body)])
+
+
+def _fault_set(options: argparse.Namespace) -> int:
+    parameters = {}
+    for text in options.parameters:
+        name, sign, value = text.partition("=")
+        if not sign:
+            raise LocalError(f"--with is NAME=VALUE, not {text!r}")
+        try:
+            parameters[name] = json.loads(value)
+        except ValueError:
+            parameters[name] = value
+    wanted = {name: getattr(options, name) for name in ("kind", "device", "operation", "times", "seconds")}
+    with _backend(options) as backend:
+        print(backend.set_fault({**wanted, "parameters": parameters})["id"])
+    return 0
+
+
+def _fault_kinds(options: argparse.Namespace) -> int:
+    with _backend(options) as backend:
+        kinds = backend.faults()["kinds"]
+    if options.json:
+        _print_document(kinds)
+        return 0
+    rows = [
+        {
+            "kind": name,
+            "parameters": ", ".join(f"{one}={_line(value)}" for one, value in kind["parameters"].items()),
+            "operation": "any" if kind["ofOperations"] else "",
+            "what happens": kind["text"],
+        }
+        for name, kind in kinds.items()
+    ]
+    _print_rows(rows, False)
+    return 0
+
+
+def _fault_list(options: argparse.Namespace) -> int:
+    with _backend(options) as backend:
+        _print_rows(backend.faults()["active"], options.json)
+    return 0
+
+
+def _fault_clear(options: argparse.Namespace) -> int:
+    with _backend(options) as backend:
+        backend.clear_faults(options.fault)
+    return 0
+
+
+def _fault_forget_sessions(options: argparse.Namespace) -> int:
+    with _backend(options) as backend:
+        backend.forget_sessions()
+    return 0
+
+
+def _fault_disconnect(options: argparse.Namespace) -> int:
+    with _backend(options) as backend:
+        backend.disconnect(options.name)
     return 0
 
 

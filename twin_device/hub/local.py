@@ -212,7 +212,11 @@ class LocalHub:
         from .service import Service
 
         self._runner = web.AppRunner(
-            Service(self._endpoint, self._jobs).application(), access_log=None, shutdown_timeout=1.0
+            Service(self._endpoint, self._jobs).application(),
+            access_log=None,
+            shutdown_timeout=1.0,
+            # A stream of events ends when its listener goes, not when there is something to tell.
+            handler_cancellation=True,
         )
         await self._runner.setup()
         for name, wanted in self._wanted_http.items():
