@@ -54,6 +54,7 @@ def play(client, name):
     client.on_method_request_received = requests.put
     tell(f"{name} listens")
     client.send_method_response(answer_to(requests.get(timeout=SOON), name))
+    client.send_message("hello")
     client.shutdown()
     tell(f"{name} over")
 
@@ -86,6 +87,7 @@ async def play_async(client, name):
     tell(f"{name} listens")
     request = await asyncio.to_thread(requests.get, timeout=SOON)
     await client.send_method_response(answer_to(request, name))
+    await client.send_message("hello")
     await client.shutdown()
     tell(f"{name} over")
 

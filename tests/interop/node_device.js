@@ -1,7 +1,7 @@
 // Microsoft's device SDK for Node against the local hub. Arguments: the connection strings of a device and of
 // a module. NODE_EXTRA_CA_CERTS names the CA. Each line on standard output tells what the SDK saw.
 'use strict';
-const { Client, ModuleClient } = require('azure-iot-device');
+const { Client, Message, ModuleClient } = require('azure-iot-device');
 const { Mqtt } = require('azure-iot-device-mqtt');
 
 const tell = (what, value = null) => console.log(JSON.stringify([what, value]));
@@ -34,6 +34,7 @@ async function play(client, onMethod, name) {
   }));
   tell(`${name} listens`);
   await asked;
+  await client.sendEvent(new Message('hello'));
   await client.close();
   tell(`${name} over`);
 }

@@ -125,7 +125,7 @@ def device_story(said: Iterator[tuple[str, Any]], devices: dict[str, Device]) ->
             # Node's does not say when it has subscribed: then the hub has to wait for it.
             seen[what] = devices[name].invoke_method("reboot", {"delay": 5}, timeout=20, connect_timeout=20)
         elif step == "over":
-            seen[what] = devices[name].reported
+            seen[what] = devices[name].reported, [one.payload for one in devices[name].telemetry]
     return seen
 
 
@@ -142,7 +142,7 @@ def the_story_of(names: Iterable[str], refused: Any) -> dict[str, Any]:
             f"{name} again": {"interval": 60, "second": None, "$version": 3},
             f"{name} listens": (202, {"seconds": 5}),
             f"{name} asked": ["reboot", {"delay": 5}],
-            f"{name} over": {"battery": 54, "nested": {}},
+            f"{name} over": ({"battery": 54, "nested": {}}, [b"hello"]),
         }
     return seen
 
