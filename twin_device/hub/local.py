@@ -21,6 +21,7 @@ from urllib.parse import quote
 from . import certificates, twins
 from .events import Event, Subscription
 from .faults import Fault, Faults
+from .guard import Guard, Guards
 from .jobs import JobRefused, Jobs, invoked, method_of
 from .mqtt import Connection, Endpoint, MethodFailed, Packet, Session, Settings, Telemetry
 from .registry import Registry
@@ -32,6 +33,9 @@ _log = logging.getLogger("twin_device.hub")
 _CALL_WITHIN = 30.0
 _ADDRESSES = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
 _HANDSHAKE_WITHIN = 20.0
+_KEEP_ALIVE = 60.0
+# TLS handshakes under way; beyond that the oldest is given up.
+_MAX_GREETING = 1000
 _PAGE_LIFETIME = 7 * 86400  # seconds
 
 
@@ -85,8 +89,10 @@ class LocalHub:
         # Held while the loop is handed work, and while it ends: none is handed to a loop that is gone.
         self._gate = threading.RLock()
         self._listeners: list[tuple[socket.socket, asyncio.Task[None]]] = []
-        self._greeting: set[asyncio.Task[None]] = set()
+        # In the order in which they came.
+        self._greeting: dict[asyncio.Task[None], None] = {}
         self._runner: Any = None
+        self._guards = Guards()
         # Counts changes, so that a waiter cannot miss the one that comes while it looks.
         self._changes = 0
         self._changed = threading.Condition()
@@ -118,6 +124,7 @@ class LocalHub:
                 self.listen_again()
                 self._call(self._jobs.start)
                 self._wait(self._serve())
+                self._wait(self._listen(self._wanted_http))
             except BaseException:
                 self.close()
                 raise
@@ -127,8 +134,9 @@ class LocalHub:
         with self._life:
             if self._thread is None or self._loop is None:
                 return
-            self._wait(self._shut_down())
+            self._wait(self._shut_down(self._wanted))
             self._wait(self._jobs.close())
+            self._wait(self._shut_down(self._wanted_http))
             self._wait(self._stop_serving())
             with self._gate:
                 self._loop.call_soon_threadsafe(self._loop.stop)
@@ -186,17 +194,20 @@ class LocalHub:
                 loop.close()
 
     def stop_listening(self) -> None:
-        """Be away: end every connection and take no new one, until listen_again(). Sessions are kept."""
+        """Be away for devices: end every connection and take no new one, until listen_again().
+
+        Sessions are kept; the REST API stays there.
+        """
         with self._life:
-            self._wait(self._shut_down())
+            self._wait(self._shut_down(self._wanted))
 
     def listen_again(self) -> None:
         """Listen on the same ports as before."""
         with self._life:
-            self._wait(self._listen())
+            self._wait(self._listen(self._wanted))
 
-    async def _listen(self) -> None:
-        for name, wanted in self._wanted.items():
+    async def _listen(self, endpoints: dict[str, int | None]) -> None:
+        for name, wanted in endpoints.items():
             if wanted is None or any(task.get_name() == name for _, task in self._listeners):
                 continue
             for listener in self._bind(name, wanted):
@@ -211,18 +222,16 @@ class LocalHub:
 
         from .service import Service
 
+        service = Service(self._endpoint, self._jobs, self._guards)
         self._runner = web.AppRunner(
-            Service(self._endpoint, self._jobs).application(),
+            service.application(),
             access_log=None,
             shutdown_timeout=1.0,
+            keepalive_timeout=_KEEP_ALIVE,
             # A stream of events ends when its listener goes, not when there is something to tell.
             handler_cancellation=True,
         )
         await self._runner.setup()
-        for name, wanted in self._wanted_http.items():
-            if wanted is not None:
-                for listener in self._bind(name, wanted):
-                    await web.SockSite(self._runner, listener, ssl_context=self._contexts[name]).start()
 
     async def _stop_serving(self) -> None:
         if self._runner is None:
@@ -283,15 +292,24 @@ class LocalHub:
             if name == "mqtts" and self._faults.take("hanging_tls"):
                 self._endpoint.hanging.append(raw)
                 continue
-            task = loop.create_task(self._greet(raw, name))
-            self._greeting.add(task)
-            task.add_done_callback(self._greeting.discard)
+            if len(self._greeting) >= _MAX_GREETING:
+                # Who has kept silent longest makes room.
+                next(iter(self._greeting)).cancel()
+            task = loop.create_task(self._greet(raw, name), name=name)
+            self._greeting[task] = None
+            task.add_done_callback(lambda done: self._greeting.pop(done, None))
+
+    def _connection(self) -> asyncio.Protocol:
+        return Connection(self._endpoint)
+
+    def _guarded(self) -> asyncio.Protocol:
+        return Guard(self._guards, self._runner.server())
 
     async def _greet(self, raw: socket.socket, name: str) -> None:
         context = self._contexts[name]
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
-                lambda: Connection(self._endpoint),
+                self._connection if name in self._wanted else self._guarded,
                 raw,
                 ssl=context,
                 ssl_handshake_timeout=None if context is None else _HANDSHAKE_WITHIN,
@@ -304,19 +322,25 @@ class LocalHub:
             raw.close()
             raise
 
-    async def _shut_down(self) -> None:
-        listeners, self._listeners = self._listeners, []
+    async def _shut_down(self, endpoints: dict[str, int | None]) -> None:
+        """Stop listening there and end every connection of devices, if they are theirs."""
+        chosen = [one for one in self._listeners if one[1].get_name() in endpoints]
+        self._listeners = [one for one in self._listeners if one not in chosen]
+        greeting = [task for task in self._greeting if task.get_name() in endpoints]
         # First those who accept; by then every greeting has begun, and closes what it was given.
-        for tasks in [task for _, task in listeners], self._greeting:
-            for task in list(tasks):
+        for tasks in [task for _, task in chosen], greeting:
+            for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        for raw in [listener for listener, _ in listeners] + self._endpoint.hanging:
-            raw.close()
-        self._endpoint.hanging = []
-        self._endpoint.drop_all()
-        while self._endpoint.open:
-            await asyncio.sleep(0)
+        for listener, _ in chosen:
+            listener.close()
+        if endpoints is self._wanted:
+            for raw in self._endpoint.hanging:
+                raw.close()
+            self._endpoint.hanging = []
+            self._endpoint.drop_all()
+            while self._endpoint.open:
+                await asyncio.sleep(0)
 
     def _wait(self, work: "Coroutine[Any, Any, _T]", within: float = _CALL_WITHIN) -> _T:
         if self._loop is None:

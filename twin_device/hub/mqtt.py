@@ -37,6 +37,7 @@ _LOGGED_PACKETS = 2000
 # What an event tells of a packet's payload, in bytes.
 _TOLD_PAYLOAD = 4096
 _MAX_TELEMETRY = 1000
+_MAX_STRANGERS = 1000
 _MAX_C2D = 50
 # Also what a topic holds, where the properties are.
 _MAX_C2D_SIZE = 64 * 1024 - 1
@@ -223,6 +224,8 @@ class Endpoint:
         self.connections: dict[str, Connection] = {}
         # Every connection, also those that have not said yet who they are.
         self.open: set[Connection] = set()
+        # Those that have not said yet who they are, in the order in which they came.
+        self.strangers: dict[Connection, None] = {}
         self.connects: dict[str, int] = {}
         # Connections whose TLS handshake is never answered, by a fault.
         self.hanging: list[socket.socket] = []
@@ -605,7 +608,12 @@ class Connection(asyncio.Protocol):
         raw = transport.get_extra_info("socket")
         if raw is not None:
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        strangers = self._endpoint.strangers
+        if len(strangers) >= _MAX_STRANGERS:
+            # Who has kept silent longest makes room.
+            next(iter(strangers)).abort()
         self._endpoint.open.add(self)
+        strangers[self] = None
         self._later(self._endpoint.settings.connect_within, self._check_connected)
 
     def data_received(self, data: bytes) -> None:
@@ -658,6 +666,7 @@ class Connection(asyncio.Protocol):
         # The loop tells connection_lost only later; until then nothing more may happen here.
         self._deaf = True
         endpoint = self._endpoint
+        endpoint.strangers.pop(self, None)
         if endpoint.connections.get(self._id) is self:
             del endpoint.connections[self._id]
             self._session.left = self._loop.time()
@@ -835,6 +844,7 @@ class Connection(asyncio.Protocol):
         self._id = claim.identity.id
         # One connection an identity: the newer one wins.
         endpoint.drop(self._id)
+        endpoint.strangers.pop(self, None)
         endpoint.connections[self._id] = self
         endpoint.connects[self._id] += 1
         endpoint.packets[self._id].extend(self._early)

@@ -22,6 +22,7 @@ _NAMES = {
     404103: "DeviceNotOnline",
     404104: "DeviceConnectionClosedRemotely",
     405000: "MethodNotAllowed",
+    408000: "RequestTimeout",
     409001: "DeviceAlreadyExists",
     409301: "ModuleAlreadyExistsOnDevice",
     412001: "PreconditionFailed",

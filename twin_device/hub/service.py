@@ -3,6 +3,7 @@
 Sources: IoT Hub REST reference (api-version 2021-04-12) and "Understand the identity registry".
 """
 
+import asyncio
 import base64
 import binascii
 import hashlib
@@ -16,6 +17,7 @@ from aiohttp import web
 
 from . import query, twins
 from .console import Console
+from .guard import Guards
 from .jobs import JobRefused, Jobs, invoked, method_of
 from .mqtt import Endpoint, MethodFailed
 from .problem import Problem
@@ -25,6 +27,7 @@ _log = logging.getLogger("twin_device.hub")
 Document = dict[str, Any]
 
 _MAX_BODY = 1024 * 1024
+_BODY_WITHIN = 60.0  # seconds
 _MAX_LIST = 1000
 _PAGE = 100
 _MAX_BULK = 100
@@ -52,8 +55,9 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class Service:
     """The REST API over one hub's devices. Everything here runs in the hub's event loop."""
 
-    def __init__(self, endpoint: Endpoint, jobs: Jobs) -> None:
+    def __init__(self, endpoint: Endpoint, jobs: Jobs, guards: Guards) -> None:
         self._endpoint = endpoint
+        self._guards = guards
         self._jobs = jobs
         self._registry = endpoint.registry
         self._rules = endpoint.settings.rules
@@ -109,6 +113,11 @@ class Service:
                 raise Problem(401002, f"Unauthorized: {error}") from None
             if right not in rights:
                 raise Problem(401002, f"Unauthorized: the policy does not grant {right}")
+            try:
+                # Read whole, and kept by aiohttp for whoever asks for it.
+                await asyncio.wait_for(request.read(), _BODY_WITHIN)
+            except asyncio.TimeoutError:
+                raise Problem(408000, "The body did not come in time.") from None
             return await handler(request)
 
         return guarded
@@ -116,7 +125,8 @@ class Service:
     @web.middleware
     async def _answer(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
         try:
-            return await handler(request)
+            with self._guards.serving(request.transport):
+                return await handler(request)
         except Problem as error:
             problem = error
         except twins.Invalid as error:
