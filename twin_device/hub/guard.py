@@ -22,13 +22,14 @@ class Guards:
     """All of a hub's HTTP connections."""
 
     def __init__(self) -> None:
+        # In the order in which they came.
         self._guards: dict[Any, Guard] = {}
 
     def admit(self, guard: "Guard", transport: asyncio.Transport) -> None:
-        if len(self._guards) >= MAX_CONNECTIONS:
+        self._guards[transport] = guard
+        if len(self._guards) > MAX_CONNECTIONS:
             idle = next((one for one in self._guards.values() if not one.requests), guard)
             idle.end("there are too many connections")
-        self._guards[transport] = guard
 
     def leave(self, transport: asyncio.Transport) -> None:
         self._guards.pop(transport, None)
@@ -99,4 +100,6 @@ class Guard(asyncio.Protocol):
         """End it now."""
         if self._transport is not None:
             _log.info("a back end's connection ended: %s", why)
+            # The loop tells connection_lost only later.
+            self._guards.leave(self._transport)
             self._transport.abort()

@@ -34,6 +34,8 @@ _CALL_WITHIN = 30.0
 _ADDRESSES = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
 _HANDSHAKE_WITHIN = 20.0
 _KEEP_ALIVE = 60.0
+# For what is still sent of a body that was refused.
+_LINGER = 1.0
 # TLS handshakes under way; beyond that the oldest is given up.
 _MAX_GREETING = 1000
 _PAGE_LIFETIME = 7 * 86400  # seconds
@@ -228,6 +230,7 @@ class LocalHub:
             access_log=None,
             shutdown_timeout=1.0,
             keepalive_timeout=_KEEP_ALIVE,
+            lingering_time=_LINGER,
             # A stream of events ends when its listener goes, not when there is something to tell.
             handler_cancellation=True,
         )
@@ -294,10 +297,14 @@ class LocalHub:
                 continue
             if len(self._greeting) >= _MAX_GREETING:
                 # Who has kept silent longest makes room.
-                next(iter(self._greeting)).cancel()
+                oldest = next(iter(self._greeting))
+                del self._greeting[oldest]
+                oldest.cancel()
             task = loop.create_task(self._greet(raw, name), name=name)
             self._greeting[task] = None
             task.add_done_callback(lambda done: self._greeting.pop(done, None))
+            # It begins now: cancelled before, it would not close what it was given.
+            await asyncio.sleep(0)
 
     def _connection(self) -> asyncio.Protocol:
         return Connection(self._endpoint)
