@@ -74,6 +74,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalHub]:
     certificates = tmp_path_factory.mktemp("certificates")
     with LocalHub(https_port=0, http_port=0, owner_key=KEY, certificates=certificates) as hub:
         hub.create_device("a", KEY, desired={"secret": "of a"})
+        # Whom no request names.
+        hub.create_device("bystander", KEY)
         yield hub
 
 
@@ -329,7 +331,7 @@ def test_handshakes_that_are_never_begun_are_bounded(
                 stack.enter_context(socket.create_connection(("127.0.0.1", port or 0), PATIENCE))
         wait_until(lambda: len(served._greeting) <= 20, "the oldest are gone")
         alive(served)
-        online(served.mqtts_port, "a", ca_file=served.ca_file).close()
+        online(served.mqtts_port, "bystander", ca_file=served.ca_file).close()
 
 
 def test_strangers_on_mqtt_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
