@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.hub_wire import METHODS, Closed, online, publish
+from tests.hub_wire import METHODS, Closed, Wire, connect, online, publish
 from tests.waiting import PATIENCE, wait_until
 from twin_device.hub import Device, LocalHub
 
@@ -459,6 +460,22 @@ def test_watch_prints_a_line_a_change(local_hub: LocalHub, device: Device, as_js
         assert finish(process, signal.SIGINT) == 0
 
 
+def test_a_token_connects_any_mqtt_client(local_hub: LocalHub) -> None:
+    for name in ("dev", "dev/m"):
+        device = local_hub.create_device(name, KEY) if name == "dev" else local_hub.create_device(name)
+        fields = json.loads(run("token", device=device).stdout)
+        with Wire(local_hub.mqtts_port, local_hub.ca_file) as wire:
+            packet = connect(fields["clientId"], fields["userName"], fields["password"])
+            assert wire.send(packet).packet() == (0x20, b"\0\0")
+        assert device.connections == 1
+    alone = run("token", "--password", "--lifetime", "60", device=device).stdout
+    assert alone.startswith("SharedAccessSignature sr=localhost%2Fdevices%2Fdev%2Fmodules%2Fm&sig=")
+    assert abs(int(alone.rpartition("&se=")[2]) - time.time() - 60) < PATIENCE
+    for text in ("", "HostName=h;DeviceId=d;x509=true"):
+        done = run("token", *(("--connection-string", text) if text else ()))
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+
+
 def test_watch_says_that_nothing_is_desired(local_hub: LocalHub) -> None:
     empty = local_hub.create_device("empty")
     with running("watch", "--ca-file", local_hub.ca_file, device=empty) as process:
@@ -549,6 +566,7 @@ def test_an_error_is_one_line_and_a_status(arguments: list[str], status: int, me
         "get",
         "watch",
         "report",
+        "token",
     ],
 )
 def test_help_is_there(command: str) -> None:

@@ -3,6 +3,7 @@
 import base64
 import http.client
 import json
+import time
 from typing import Any
 from urllib.parse import quote
 
@@ -117,6 +118,36 @@ def test_keys_that_are_given_are_kept_and_empty_ones_made(backend: Backend) -> N
     assert [len(base64.b64decode(key)) for key in backend.hub.device("b").keys] == [32, 32]
 
 
+def test_what_the_back_end_notes_is_kept(backend: Backend, sensor: Device) -> None:
+    body = {**SENSOR, "capabilities": {"iotEdge": True}}
+    assert backend.ask("PUT", "/devices/sensor-1", body, If_Match="*").body["capabilities"] == {
+        "iotEdge": True
+    }
+    assert backend.ask("GET", "/twins/sensor-1").body["capabilities"] == {"iotEdge": True}
+    module = {"deviceId": "sensor-1", "moduleId": "m", "managedBy": "me"}
+    backend.ask("PUT", "/devices/sensor-1/modules/m", module)
+    assert backend.ask("GET", "/devices/sensor-1/modules/m").body["managedBy"] == "me"
+
+
+def test_an_identity_tells_when_it_was_last_seen(backend: Backend, sensor: Device) -> None:
+    def times() -> list[str]:
+        body = backend.ask("GET", "/devices/sensor-1").body
+        return [body["connectionStateUpdatedTime"], body["lastActivityTime"]]
+
+    assert times() == ["0001-01-01T00:00:00Z"] * 2
+    before = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime())
+    with TwinClient.from_connection_string(
+        sensor.connection_string, ca_file=backend.hub.ca_file, timeout=PATIENCE
+    ) as client:
+        connected = times()
+        assert before <= connected[0] <= connected[1]
+        client.report({"a": 1})
+        assert connected[1] < times()[1]
+    sensor.wait_for(lambda device: not device.connected)
+    assert connected[0] < times()[0]
+    assert times()[1] == backend.ask("GET", "/twins/sensor-1").body["lastActivityTime"]
+
+
 def test_an_update_without_authentication_makes_new_keys(backend: Backend, sensor: Device) -> None:
     before = sensor.keys
     same = {**SENSOR, "authentication": {"type": "sas"}}
@@ -200,6 +231,8 @@ BAD_IDENTITIES: list[Any] = [
     ("another id in the body", {"deviceId": "sensor-2"}),
     ("a status that there is not", {**SENSOR, "status": "sleepy"}),
     ("a key that is not base64", {**SENSOR, "authentication": {"symmetricKey": {"primaryKey": "secret!"}}}),
+    ("a manager that is no text", {**SENSOR, "managedBy": 5}),
+    ("capabilities that are none", {**SENSOR, "capabilities": {"iotEdge": "yes"}}),
     ("one key of two", {**SENSOR, "authentication": {"symmetricKey": {"primaryKey": KEY}}}),
     ("keys that are too short", {**SENSOR, "authentication": {"symmetricKey": SHORT_KEYS}}),
     ("a thumbprint with colons", {**SENSOR, "authentication": {"x509Thumbprint": COLONS}}),

@@ -42,11 +42,9 @@ def test_identities_twins_and_policy_key_come_back(tmp_path: Path) -> None:
     with hub(tmp_path, http_port=0) as second:
         assert {one.id: one.keys for one in second.devices} == strings
         after = second.device("dev").twin
-        assert {**after, "connectionState": "", "deviceEtag": ""} == {
-            **kept,
-            "connectionState": "",
-            "deviceEtag": "",
-        }
+        # What it was doing when the hub ended is not kept.
+        unlike = dict.fromkeys(("connectionState", "deviceEtag", "lastActivityTime"))
+        assert {**after, **unlike} == {**kept, **unlike}
         assert second.service_connection_string.rpartition("SharedAccessKeyName")[2] == text
         second.device("dev").enable()
         assert second.device("dev").patch_desired({"z": 1}) == kept["properties"]["desired"]["$version"] + 1

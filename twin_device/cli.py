@@ -180,6 +180,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("patch", metavar="JSON", help="the patch, or - to read it from standard input")
     report.set_defaults(run=_report)
+    token = commands.add_parser(
+        "token",
+        help="print what a device's CONNECT needs, for other MQTT clients",
+        description="Print the three fields of a device's CONNECT as JSON: clientId, userName, and as "
+        "password a SAS token. Nothing is dialled. Whoever has the token is the device until it expires.",
+    )
+    token.add_argument("--connection-string", metavar="TEXT", help=f"as for get; better in {_VARIABLE}")
+    token.add_argument(
+        "--lifetime",
+        type=_seconds,
+        default=3600.0,
+        metavar="SECONDS",
+        help="how long the token is good (default 3600)",
+    )
+    token.add_argument("--password", action="store_true", help="print the token alone")
+    token.set_defaults(run=_token)
     return parser
 
 
@@ -917,6 +933,24 @@ def _report(options: argparse.Namespace) -> int:
     with _client(options) as client:
         version = client.report(patch)
     print(f"reported, $version {version}")
+    return 0
+
+
+def _token(options: argparse.Namespace) -> int:
+    from .core.credentials import from_connection_string
+
+    text = options.connection_string or os.environ.get(_VARIABLE)
+    if not text:
+        raise LocalError(f"no connection string: set {_VARIABLE}, or give --connection-string")
+    credentials = from_connection_string(text)
+    if credentials.key is None:
+        raise LocalError("the connection string has no SharedAccessKey, so no token can be made of it")
+    password = credentials.password(int(time.time() + options.lifetime))
+    if options.password:
+        print(password)
+    else:
+        names = {"clientId": credentials.client_id, "userName": credentials.user_name()}
+        _print_document({**names, "password": password})
     return 0
 
 

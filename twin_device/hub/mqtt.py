@@ -227,6 +227,8 @@ class Endpoint:
         # Those that have not said yet who they are, in the order in which they came.
         self.strangers: dict[Connection, None] = {}
         self.connects: dict[str, int] = {}
+        # When a connection was last made or lost, as the service prints it.
+        self.state_times: dict[str, str] = {}
         # Connections whose TLS handshake is never answered, by a fault.
         self.hanging: list[socket.socket] = []
         self.packets: dict[str, deque[Packet]] = {}
@@ -259,6 +261,7 @@ class Endpoint:
         self._tell_of_life(identity_id, "deleteDeviceIdentity")
         for table in (self.twins, self.sessions, self.connects, self.packets, self.telemetry, self.messages):
             table.pop(identity_id, None)
+        self.state_times.pop(identity_id, None)
         for held in (self._sent_notifications, self._held_notifications, self._held_reports):
             held.pop(identity_id, None)
         if self.storage is not None:
@@ -314,16 +317,21 @@ class Endpoint:
             **head,
             "deviceEtag": identity.etag,
             "status": "enabled" if identity.enabled else "disabled",
-            "statusUpdateTime": "0001-01-01T00:00:00Z",
+            "statusUpdateTime": twins.NEVER,
             "connectionState": "Connected" if identity.id in self.connections else "Disconnected",
-            "lastActivityTime": "0001-01-01T00:00:00Z",
+            "lastActivityTime": self.last_activity(identity.id),
             "cloudToDeviceMessageCount": len(self.messages[identity.id]),
             "authenticationType": identity.authentication,
             "x509Thumbprint": {"primaryThumbprint": primary, "secondaryThumbprint": secondary},
             "modelId": identity.model_id,
             **self.twins[identity.id].service_view(),
-            "capabilities": {"iotEdge": False},
+            "capabilities": {"iotEdge": identity.is_edge},
         }
+
+    def last_activity(self, identity_id: str) -> str:
+        """When the identity was last heard of, as the service prints it."""
+        packets = self.packets.get(identity_id)
+        return twins.printed(packets[-1].time) if packets else twins.NEVER
 
     def drop_all(self) -> None:
         for connection in list(self.open):
@@ -670,6 +678,7 @@ class Connection(asyncio.Protocol):
         if endpoint.connections.get(self._id) is self:
             del endpoint.connections[self._id]
             self._session.left = self._loop.time()
+            endpoint.state_times[self._id] = twins.now()
             endpoint.left(self._id)
             if endpoint.events.wants(events.CONNECTIONS):
                 endpoint.events.notify(events.CONNECTIONS, self._id, "deviceDisconnected", None)
@@ -847,6 +856,7 @@ class Connection(asyncio.Protocol):
         endpoint.strangers.pop(self, None)
         endpoint.connections[self._id] = self
         endpoint.connects[self._id] += 1
+        endpoint.state_times[self._id] = twins.now()
         endpoint.packets[self._id].extend(self._early)
         if endpoint.events.wants(events.PACKETS):
             for packet in self._early:

@@ -60,6 +60,9 @@ class Identity:
     # "sas", or how else it says who it is: "selfSigned", "certificateAuthority", "none".
     authentication: str = "sas"
     thumbprints: tuple[str | None, str | None] = (None, None)
+    # What the back end notes; the hub does nothing with it.
+    managed_by: str = ""
+    is_edge: bool = False
     # Tells an identity from one of the same name that was deleted before.
     generation: str = field(default_factory=lambda: str(secrets.randbelow(10**18)))
     changes: int = field(default_factory=lambda: secrets.randbelow(10**9))
@@ -83,9 +86,12 @@ class Identity:
         primary_key: str | None,
         secondary_key: str | None,
         thumbprints: tuple[str | None, str | None],
+        managed_by: str,
+        is_edge: bool,
     ) -> None:
         """Take over what the back end wrote; a key that is None stays as it was."""
         self.enabled, self.status_reason = enabled, status_reason
+        self.managed_by, self.is_edge = managed_by, is_edge
         self.authentication, self.thumbprints = authentication, thumbprints
         self.primary_key = primary_key or self.primary_key
         self.secondary_key = secondary_key or self.secondary_key

@@ -171,12 +171,12 @@ class Service:
         view: Document = {"deviceId": identity.device_id}
         if identity.module_id is not None:
             view["moduleId"] = identity.module_id
-            view["managedBy"] = ""
+            view["managedBy"] = identity.managed_by
         else:
             view["status"] = "enabled" if identity.enabled else "disabled"
             view["statusReason"] = identity.status_reason
-            view["statusUpdatedTime"] = "0001-01-01T00:00:00"
-            view["capabilities"] = {"iotEdge": False}
+            view["statusUpdatedTime"] = twins.NEVER
+            view["capabilities"] = {"iotEdge": identity.is_edge}
         primary, secondary = identity.thumbprints
         sas = identity.authentication == "sas"
         return {
@@ -184,8 +184,8 @@ class Service:
             "generationId": identity.generation,
             "etag": identity.etag,
             "connectionState": "Connected" if connected else "Disconnected",
-            "connectionStateUpdatedTime": "0001-01-01T00:00:00",
-            "lastActivityTime": "0001-01-01T00:00:00",
+            "connectionStateUpdatedTime": self._endpoint.state_times.get(identity.id, twins.NEVER),
+            "lastActivityTime": self._endpoint.last_activity(identity.id),
             "cloudToDeviceMessageCount": len(self._endpoint.messages[identity.id]),
             "authentication": {
                 "type": identity.authentication,
@@ -445,6 +445,12 @@ def _identity_settings(body: Document) -> Document:
     authentication = body.get("authentication") or {}
     if not isinstance(authentication, dict) or not isinstance(reason, str | None):
         raise Problem(400004, "authentication is no object, or statusReason no string.")
+    managed_by, capabilities = body.get("managedBy") or "", body.get("capabilities") or {}
+    if not isinstance(managed_by, str) or not isinstance(capabilities, dict):
+        raise Problem(400004, "managedBy is no string, or capabilities no object.")
+    is_edge = capabilities.get("iotEdge") or False
+    if not isinstance(is_edge, bool):
+        raise Problem(400004, "capabilities.iotEdge is true or false.")
     kind = authentication.get("type") or "sas"
     if kind not in _AUTHENTICATION:
         raise Problem(400004, f"authentication.type is one of {', '.join(_AUTHENTICATION)}.")
@@ -463,6 +469,8 @@ def _identity_settings(body: Document) -> Document:
     return {
         "enabled": status == "enabled",
         "status_reason": reason,
+        "managed_by": managed_by,
+        "is_edge": is_edge,
         "authentication": kind,
         "primary_key": primary,
         "secondary_key": secondary,

@@ -7,12 +7,15 @@ import base64
 import copy
 import json
 import struct
+import time
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
 
 Document = dict[str, Any]
 
+# What the service prints for a time that there has not been yet.
+NEVER = "0001-01-01T00:00:00Z"
 MAX_SECTION = 32768
 MAX_TAGS = 8192
 _MAX_KEY = 1024
@@ -367,9 +370,14 @@ def mark(node: Document, patch: Document, stamp: Document) -> None:
             node[key] = dict(stamp)
 
 
+def printed(seconds: float) -> str:
+    """A time in Unix seconds as the service prints it: seven fractional digits and Z."""
+    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%f") + "0Z"
+
+
 def now() -> str:
-    """The time as the service prints it: seven fractional digits and Z."""
-    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%f") + "0Z"
+    """The time as the service prints it."""
+    return printed(time.time())
 
 
 def _refuse_constant(word: str) -> None:
