@@ -4,6 +4,7 @@ import base64
 import http.client
 import json
 import time
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote
 
@@ -301,6 +302,42 @@ def test_a_condition_on_the_etag(backend: Backend, sensor: Device, method: str) 
     assert sensor.desired == {}
     for condition in ('"AAAAAAAAAAE="', '"*"', "*", "unquoted-is-no-condition"):
         assert backend.ask(method, "/twins/sensor-1", body, If_Match=condition).status == 200
+
+
+def wrong(text: str) -> Iterator[str]:
+    """The text with each of its bytes changed in turn."""
+    for at, byte in enumerate(text):
+        yield text[:at] + ("A" if byte != "A" else "B") + text[at + 1 :]
+
+
+def test_one_wrong_byte_anywhere_in_an_etag_is_refused(backend: Backend, sensor: Device) -> None:
+    etag, twin_etag = (backend.ask("GET", f"/{kind}/sensor-1").body["etag"] for kind in ("devices", "twins"))
+    before = sensor.twin
+    for changed in wrong(f'"{twin_etag}"'):
+        for method in ("PATCH", "PUT"):
+            answer = backend.ask(method, "/twins/sensor-1", {"tags": {"x": 1}}, If_Match=changed)
+            assert (answer.status, answer.code) == (412, "PreconditionFailed"), changed
+    for changed in wrong(f'"{etag}"'):
+        for method, body in (("PUT", SENSOR), ("DELETE", None)):
+            answer = backend.ask(method, "/devices/sensor-1", body, If_Match=changed)
+            assert (answer.status, answer.code) == (412, "PreconditionFailed"), changed
+    for member, good, mode in (("eTag", etag, "delete"), ("twinETag", twin_etag, "updateTwin")):
+        for changed in wrong(good):
+            item = {"id": "sensor-1", "importMode": f"{mode}IfMatchETag", member: changed, "tags": {"x": 1}}
+            (error,) = backend.ask("POST", "/devices", [item]).body["errors"]
+            assert error["errorCode"] == "PreconditionFailed", changed
+    assert sensor.twin == before
+
+
+def test_one_wrong_byte_anywhere_in_a_policy_is_refused(backend: Backend, sensor: Device) -> None:
+    for changed in wrong("iothubowner"):
+        answer = backend.ask("GET", "/twins/sensor-1", authorization=token(policy=changed))
+        assert (answer.status, answer.code) == (401, "IotHubUnauthorizedAccess"), changed
+    for changed in wrong(KEY.rstrip("=")):
+        # The last character has bits that are no part of the key.
+        if base64.b64decode(changed + "=") != base64.b64decode(KEY):
+            answer = backend.ask("GET", "/twins/sensor-1", authorization=token(key=changed + "="))
+            assert (answer.status, answer.code) == (401, "IotHubUnauthorizedAccess"), changed
 
 
 def test_a_replacement_replaces_all_and_a_missing_section_is_emptied(

@@ -345,7 +345,7 @@ class Service:
         identity = self._identity(request)
         condition = request.headers.get("If-Match")
         # Clients that leave the quotes out get no condition at all, as with the real service.
-        if condition is not None and condition != "*" and condition.startswith('"'):
+        if condition is not None and '"' in condition:
             _check_condition(condition, self._endpoint.twins[identity.id].etag)
         if request.method == "PUT":
             self._endpoint.replace_twin(identity.id, body)
