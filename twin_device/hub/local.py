@@ -209,6 +209,8 @@ class LocalHub:
             self._wait(self._listen(self._wanted))
 
     async def _listen(self, endpoints: dict[str, int | None]) -> None:
+        if endpoints is self._wanted:
+            self._endpoint.is_away = False
         for name, wanted in endpoints.items():
             if wanted is None or any(task.get_name() == name for _, task in self._listeners):
                 continue
@@ -342,6 +344,7 @@ class LocalHub:
         for listener, _ in chosen:
             listener.close()
         if endpoints is self._wanted:
+            self._endpoint.is_away = True
             for raw in self._endpoint.hanging:
                 raw.close()
             self._endpoint.hanging = []

@@ -226,6 +226,8 @@ class Endpoint:
         self.open: set[Connection] = set()
         # Those that have not said yet who they are, in the order in which they came.
         self.strangers: dict[Connection, None] = {}
+        # True while no device may come.
+        self.is_away = False
         self.connects: dict[str, int] = {}
         # When a connection was last made or lost, as the service prints it.
         self.state_times: dict[str, str] = {}

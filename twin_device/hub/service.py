@@ -22,6 +22,7 @@ from .jobs import JobRefused, Jobs, invoked, method_of
 from .mqtt import Endpoint, MethodFailed
 from .problem import Problem
 from .registry import Identity, Refused, check_key, make_key
+from .websocket import WebSockets
 
 _log = logging.getLogger("twin_device.hub")
 Document = dict[str, Any]
@@ -93,6 +94,7 @@ class Service:
             ("POST", "/jobs/v2/{job}/cancel", "ServiceConnect", self._cancel_job),
             ("GET", "/statistics/devices", "RegistryRead", self._device_statistics),
             ("GET", "/statistics/service", "ServiceConnect", self._service_statistics),
+            ("GET", "/$iothub/websocket", "", WebSockets(self._endpoint).serve),
             *console.routes(),
         ):
             application.router.add_route(method, path, self._guarded(right, handler))
