@@ -1,7 +1,7 @@
 """Microsoft's device SDK against the local hub: run with its own interpreter, not with pytest.
 
-Arguments: the connection strings of two devices and of two modules, the CA's path. Each line on standard
-output tells what the SDK saw.
+Arguments: the connection strings of two devices and of two modules, the CA's path; or of one device, which
+comes over WebSockets. Each line on standard output tells what the SDK saw.
 """
 
 import asyncio
@@ -97,6 +97,10 @@ def main():
     with open(ca_file) as file:
         ca = file.read()
     tell("versions", [version("azure-iot-device"), version("paho-mqtt").partition(".")[0]])
+    if len(texts) == 1:
+        options = {"server_verification_cert": ca, "websockets": True}
+        play(IoTHubDeviceClient.create_from_connection_string(texts[0], **options), "device")
+        return
     kinds = (IoTHubDeviceClient, IoTHubModuleClient, aio.IoTHubDeviceClient, aio.IoTHubModuleClient)
     device, module, aio_device, aio_module = (
         kind.create_from_connection_string(text, server_verification_cert=ca)

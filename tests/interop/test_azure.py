@@ -40,6 +40,21 @@ def test_the_device_sdk_sync_and_asyncio_device_and_module(tmp_path: Path, versi
     assert seen == {"versions": [version, paho]} | the_story_of(names, refused="ClientError")
 
 
+def test_the_device_sdk_over_websockets(tmp_path: Path) -> None:
+    version = "2.15.0rc1"
+    with (
+        python(tmp_path / "venv", f"azure-iot-device=={version}") as interpreter,
+        hub_on(mqtts_port=None, https_port=443) as hub,
+    ):
+        hub.create_device("sensor-1", KEY, desired={"interval": 30})
+        text = f"HostName=localhost;DeviceId=sensor-1;SharedAccessKey={KEY}"
+        with program(interpreter, str(HERE / "azure_device.py"), text, hub.ca_file) as said:
+            seen = device_story(said, {"device": hub.device("sensor-1")})
+    assert seen == {"versions": [version, DEVICE_SDKS[version]]} | the_story_of(
+        ["device"], refused="ClientError"
+    )
+
+
 def test_the_service_sdk(tmp_path: Path) -> None:
     # azure-iot-hub imports six and does not declare it.
     with (
