@@ -77,6 +77,8 @@ class Guard(asyncio.Protocol):
                 timer.cancel()
         if self._transport is not None:
             self._guards.leave(self._transport)
+            # Python 3.10 takes a TLS transport that the peer has closed for one that leaks.
+            self._transport.abort()
             self._transport = None
         self._inner.connection_lost(error)
 
