@@ -160,6 +160,14 @@ def test_hub_run_prints_lines_for_people() -> None:
         assert line(process).startswith("device dev-1: HostName=localhost:")
 
 
+def test_hub_run_takes_all_the_files_it_may_have() -> None:
+    resource = pytest.importorskip("resource", reason="no such limit on this system")
+    with running("hub", "run", "--mqtts-port", "auto", "--https-port", "0") as process:
+        assert line(process).startswith("ready: ")
+        soft, hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+        assert soft == hard
+
+
 def test_hub_run_on_a_port_that_is_taken_is_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

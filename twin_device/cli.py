@@ -494,8 +494,21 @@ def _missing(error: ModuleNotFoundError) -> int:
     return _complain(f"this command needs the package {error.name}: pip install 'twin-device[hub]'", 2)
 
 
+def _allow_many_files() -> None:
+    """As many open files as the system lets this process have: each device is one, and 1,024 is usual."""
+    try:
+        import resource
+    except ImportError:
+        return  # Windows has no such limit
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def _hub_run(options: argparse.Namespace) -> int:
     from .hub import LocalHub
+
+    _allow_many_files()
 
     def asked(port: int | str) -> int | None:
         return 0 if port == "auto" else int(port) or None

@@ -273,7 +273,9 @@ class LocalHub:
                 if family == socket.AF_INET:
                     text = f"cannot listen on port {port} for {name}: {error.strerror}"
                     raise OSError(error.errno, text) from None
-                continue  # the same port of IPv6 is a convenience
+                # The same port of IPv6 is a convenience; who dials ::1 meets somebody else there.
+                _log.warning("not on [::1]:%d for %s: %s", port, name, error.strerror)
+                continue
             listener.setblocking(False)
             port = self._ports[name] = listener.getsockname()[1]
             listeners.append(listener)
