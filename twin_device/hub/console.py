@@ -1,6 +1,7 @@
 """What only the local hub has over HTTP: the web page, the stream of events, faults.
 
     GET    /                          the page
+    GET    /local/devices             every device and module: {"id", "connected", "enabled"}
     GET    /local/events              events from now on, as server-sent events (text/event-stream);
                                       ?source= (may be repeated) and ?deviceId= narrow them
     GET    /local/packets?deviceId=   the last MQTT packets of an identity, oldest first
@@ -28,11 +29,9 @@ from .mqtt import Endpoint, told
 from .problem import Problem
 
 _FOLDER = Path(__file__).parent / "page"
-_FILES = {
-    "index.html": "text/html",
-    "page.css": "text/css",
-    "page.js": "text/javascript",
-}
+_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+# A name in a request is looked up here, and never taken as a path.
+_FILES = {path.name: _TYPES[path.suffix] for path in _FOLDER.iterdir() if path.suffix in _TYPES}
 _HEADERS = {
     # The page needs nothing from elsewhere, and shows what devices say: nothing of that may ever run.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -58,6 +57,7 @@ class Console:
         return [
             ("GET", "/", "", self._page),
             ("GET", "/page/{file}", "", self._page),
+            ("GET", "/local/devices", "ServiceConnect", self._devices),
             ("GET", "/local/events", "ServiceConnect", self._events),
             ("GET", "/local/packets", "ServiceConnect", self._packets),
             ("GET", "/local/faults", "ServiceConnect", self._list_faults),
@@ -82,6 +82,16 @@ class Console:
             raise web.HTTPNotFound
         text = (_FOLDER / name).read_text("utf-8")
         return web.Response(text=text, content_type=_FILES[name], charset="utf-8", headers=_HEADERS)
+
+    async def _devices(self, _request: web.Request) -> web.Response:
+        # A page of twins at a time, as a query has them, would be a request for every hundred.
+        connections = self._endpoint.connections
+        return web.json_response(
+            [
+                {"id": name, "connected": name in connections, "enabled": identity.enabled}
+                for name, identity in self._endpoint.registry.identities.items()
+            ]
+        )
 
     # ------------------------------------------------------------------ events
 
