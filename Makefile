@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test check bench-hub clean
 
 demo: .venv/installed
 	@$(BIN)/twin-device demo
@@ -14,6 +14,10 @@ check: test .venv/checks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# What one hub process holds; mosquitto beside it if it is installed.
+bench-hub: .venv/installed
+	@$(BIN)/python -m tests.benchmarks.hub
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
