@@ -369,6 +369,7 @@ def test_a_listener_that_does_not_read_holds_nobody_up(plain: LocalHub) -> None:
 def test_who_may_ask(backend: Backend) -> None:
     backend.hub.create_device("dev")
     for method, path in (
+        ("GET", "/local/devices"),
         ("GET", "/local/events"),
         ("GET", "/local/packets?deviceId=dev"),
         ("GET", "/local/faults"),
@@ -382,6 +383,19 @@ def test_who_may_ask(backend: Backend) -> None:
             assert backend.ask(method, path, authorization=token(policy=policy)).status == 401
         assert backend.ask(method, path, authorization="none").status == 401
     assert backend.ask("GET", "/local/events?source=tweets").status == 400
+
+
+def test_every_identitys_state_in_one_request(backend: Backend) -> None:
+    hub = backend.hub
+    hub.create_device("dev/m", KEY)
+    hub.create_device("other").disable()
+    with online(hub.mqtts_port, "dev/m", KEY, RES, ca_file=hub.ca_file):
+        found = backend.ask("GET", "/local/devices").body
+    assert sorted(found, key=lambda one: str(one["id"])) == [
+        {"id": "dev", "connected": False, "enabled": True},
+        {"id": "dev/m", "connected": True, "enabled": True},
+        {"id": "other", "connected": False, "enabled": False},
+    ]
 
 
 def test_faults_over_http(backend: Backend) -> None:
