@@ -11,6 +11,7 @@ import sys
 
 from core import credentials, errors, patch, topics
 from core.settings import Settings
+from core.stream import Reader
 from core.twin import Twin
 
 # ---------------------------------------------------------------------- writing values
@@ -131,17 +132,47 @@ def run_check(case):
         return [caught.path, caught.limit, caught.size]
 
 
+def payload_of(case):
+    if "payload" in case:
+        return case["payload"].encode()
+    return bytes([int(pair, 16) for pair in case["hex"].split()])
+
+
 def run_json(case):
-    payload = (
-        case["payload"].encode()
-        if "payload" in case
-        else bytes([int(pair, 16) for pair in case["hex"].split()])
-    )
     try:
-        value = patch.loads(payload)
+        value = patch.loads(payload_of(case))
     except (ValueError, RuntimeError):
         return "no JSON"
     return [value, text(patch.loads(patch.dumps(value).encode()))]
+
+
+def run_stream(case):
+    payload = payload_of(case)
+    found = streamed(case, payload, len(payload) or 1)
+    for length in (1, 2, 3, 7):
+        if text(streamed(case, payload, length)) != text(found):
+            return "another result in chunks of " + str(length)
+    return found
+
+
+def streamed(case, payload, length):
+    """What a Reader finds when every chunk comes in the same buffer, as on a board."""
+    keep = case.get("keep")
+    handed = []
+    options = (
+        {"on_property": lambda path, value: handed.append([list(path), value])} if "hand" in case else {}
+    )
+    reader = Reader(case.get("twin", False), None if keep is None else tuple(keep), **options)
+    buffer = bytearray(length)
+    try:
+        for start in range(0, len(payload), length):
+            chunk = payload[start : start + length]
+            buffer[: len(chunk)] = chunk
+            reader.feed(memoryview(buffer)[: len(chunk)])
+        document = reader.end()
+    except ValueError:
+        return "no JSON"
+    return [document, handed] if "hand" in case else document
 
 
 def run_sas(case):
@@ -238,6 +269,7 @@ FILES = (
     "size",
     "check",
     "json",
+    "stream",
     "sas",
     "connection",
     "sequences",
