@@ -91,7 +91,8 @@ function render() {
 function entry(id) {
   let element = elements.get(id);
   if (!element) {
-    const link = make("a", { href: linkTo(id) }, make("span", { class: "id" }, id), " ", make("span", { class: "state" }));
+    const state = make("span", { class: "state" });
+    const link = make("a", { href: linkTo(id) }, make("span", { class: "id" }, id), " ", state);
     element = make("li", { class: id.includes("/") ? "module" : false }, link);
     elements.set(id, element);
   }

@@ -21,7 +21,7 @@ export function write(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
-/** Let parent have exactly these children, in this order. Those that stay are not touched: they keep focus. */
+/** Let parent have exactly these children, in this order. Those that stay are not touched and keep focus. */
 export function arrange(parent, nodes) {
   const wanted = new Set(nodes);
   for (const child of [...parent.childNodes]) {
@@ -43,23 +43,25 @@ export function visible(text) {
   );
 }
 
-const SHORT = 240; // characters
-
-/** An element with a text of any length: a long one is folded and opens on demand. */
-export function folded(text) {
+/** An element with a text of any length: one that is longer than short is folded and opens on demand. */
+export function folded(text, short = 240) {
   const whole = visible(text);
-  if (whole.length <= SHORT) return make("span", { class: "value" }, whole);
+  if (whole.length <= short) return make("span", { class: "value" }, whole);
   const more = `… all ${whole.length.toLocaleString("en")} characters`;
   return make(
     "details",
     { class: "value" },
-    make("summary", {}, make("span", { class: "start" }, whole.slice(0, SHORT)), make("span", { class: "more" }, more)),
+    make(
+      "summary",
+      {},
+      make("span", { class: "start" }, whole.slice(0, short)),
+      make("span", { class: "more" }, more),
+    ),
     make("div", { class: "whole" }, whole),
   );
 }
 
-export const clock = (milliseconds) =>
-  new Date(milliseconds).toLocaleTimeString("en-GB", { hour12: false });
+export const clock = (milliseconds) => new Date(milliseconds).toLocaleTimeString("en-GB", { hour12: false });
 
 const PAUSE = 1500; // milliseconds between two announcements
 const MOST = 3; // things said at once

@@ -1,4 +1,4 @@
-/* Changing desired properties and tags. What is typed stays until it is sent, per device and kind of change. */
+/* Changing desired properties and tags. What is typed is kept, for each device and kind of change. */
 
 import { find, visible, write } from "./dom.js";
 import { ask, pathOf } from "./hub.js";
@@ -54,14 +54,14 @@ function render() {
   const area = find("json");
   if (area.value !== current.text) area.value = current.text;
   const overtaken = current.typed && mode() === "replace" && twin && twin.etag !== current.etag;
-  write(
-    find("change-notice"),
-    overtaken
-      ? `Meanwhile the twin was changed by somebody else: desired has version ${twin.properties.desired.$version}, ` +
-          `you began with version ${current.version}.`
-      : "",
-  );
+  write(find("change-notice"), overtaken ? meanwhile(current) : "");
   find("reload-text").hidden = !overtaken;
+}
+
+function meanwhile(current) {
+  const version = twin.properties.desired.$version;
+  const now = `Meanwhile the twin was changed by somebody else: desired has version ${version}`;
+  return `${now}, you began with version ${current.version}.`;
 }
 
 function begin(current) {
@@ -109,7 +109,8 @@ async function send() {
       refuse(`${error.message} Nothing was sent.`);
       find("json").setSelectionRange(error.offset, error.offset + 1);
     } else if (error.status === 412) {
-      refuse(`The twin was changed by somebody else meanwhile; nothing was replaced. The hub says: ${error.message}`);
+      const words = "The twin was changed by somebody else meanwhile; nothing was replaced.";
+      refuse(`${words} The hub says: ${error.message}`);
       find("overwrite").hidden = false;
       sent(null);
     } else {

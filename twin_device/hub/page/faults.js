@@ -14,7 +14,10 @@ export async function load() {
   const answer = await ask("GET", "/local/faults");
   if (kinds.size === 0) {
     kinds = new Map(Object.entries(answer.kinds).map(([name, kind]) => [name, element(name, kind)]));
-    arrange(find("kinds"), [...kinds.values()].map((kind) => kind.item));
+    arrange(
+      find("kinds"),
+      [...kinds.values()].map((kind) => kind.item),
+    );
   }
   show(answer.active);
 }
@@ -75,7 +78,13 @@ function element(name, kind) {
   }
   for (const [parameter, value] of Object.entries(kind.parameters)) {
     const number = typeof value === "number";
-    const input = make("input", { type: number ? "number" : "text", step: "any", value: value ?? "", placeholder: number ? false : "none", autocomplete: "off" });
+    const input = make("input", {
+      type: number ? "number" : "text",
+      step: number ? "any" : null,
+      value: value ?? "",
+      placeholder: number ? null : "none",
+      autocomplete: "off",
+    });
     inputs.append(make("label", {}, `${parameter} `, input));
     fields.set(parameter, () => typed(input.value, number));
   }
@@ -92,8 +101,10 @@ function element(name, kind) {
     on: { click: () => flip(name, fields, error) },
   });
   const item = make("li", {}, make("div", { class: "kind" }, toggle, label), text, inputs, error);
-  if (fields.size > 0) inputs.setAttribute("role", "group");
-  if (fields.size > 0) inputs.setAttribute("aria-label", `Parameters of ${name}`);
+  if (fields.size > 0) {
+    inputs.setAttribute("role", "group");
+    inputs.setAttribute("aria-label", `Parameters of ${name}`);
+  }
   return { item, toggle };
 }
 
@@ -116,7 +127,8 @@ async function flip(kind, fields, error) {
     const { operation = null, ...parameters } = values;
     const device = find("scope-device").value || null;
     const [times, seconds] = [limit("scope-times"), limit("scope-seconds")];
-    await ask("POST", "/local/faults", { body: JSON.stringify({ kind, device, operation, times, seconds, parameters }) });
+    const fault = { kind, device, operation, times, seconds, parameters };
+    await ask("POST", "/local/faults", { body: JSON.stringify(fault) });
   });
 }
 
@@ -143,7 +155,16 @@ function entry(fault, kept) {
       {},
       make("code", {}, fault.kind),
       make("span", {}),
-      make("button", { type: "button", class: "quiet", "aria-label": `Clear ${fault.kind}, number ${fault.id}`, on: { click: clear } }, "Clear"),
+      make(
+        "button",
+        {
+          type: "button",
+          class: "quiet",
+          "aria-label": `Clear ${fault.kind}, number ${fault.id}`,
+          on: { click: clear },
+        },
+        "Clear",
+      ),
     );
   }
   write(kept.children[1], about(fault));

@@ -47,7 +47,8 @@ export async function tokenOf(connectionString) {
   }
   const resource = encodeURIComponent(parts.get("HostName").split(":")[0]);
   const expiry = Math.floor(Date.now() / 1000) + LIFETIME;
-  const key = await crypto.subtle.importKey("raw", secret, { name: "HMAC", hash: "SHA-256" }, false, ["sign"]);
+  const algorithm = { name: "HMAC", hash: "SHA-256" };
+  const key = await crypto.subtle.importKey("raw", secret, algorithm, false, ["sign"]);
   const signed = await crypto.subtle.sign("HMAC", key, new TextEncoder().encode(`${resource}\n${expiry}`));
   const signature = encodeURIComponent(btoa(String.fromCharCode(...new Uint8Array(signed))));
   const policy = parts.get("SharedAccessKeyName");

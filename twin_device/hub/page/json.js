@@ -15,8 +15,8 @@ const SCALAR = /true|false|null|-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9
 const DEEPEST = 100;
 
 /**
- * Throw NotJson if a text is not one JSON object. JSON.parse is no help here: its messages differ from browser
- * to browser, and of a name that stands twice it forgets one.
+ * Throw NotJson if a text is not one JSON object. JSON.parse is no help: its messages differ from browser to
+ * browser, and of a name that stands twice it forgets one.
  */
 export function check(text) {
   let at = 0;

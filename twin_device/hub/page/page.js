@@ -75,7 +75,8 @@ function happened(event) {
 function changed(connected) {
   document.body.classList.toggle("away", !connected);
   find("try-now").hidden = connected;
-  write(find("connection"), connected ? "Connected to the hub" : "No connection to the hub; trying again …");
+  const words = connected ? "Connected to the hub" : "No connection to the hub; trying again …";
+  write(find("connection"), words);
 }
 
 find("try-now").addEventListener("click", () => stream?.tryNow());

@@ -10,6 +10,7 @@ const MARKS = {
   unasked: ["·", "reported only"],
   group: ["", ""],
 };
+const SHORT = 100; // characters that a cell shows of a value
 const DIFFERING = new Set(["differs", "unreported"]);
 
 // By path: {element, cells, texts}. Rows are kept, so that what is unfolded stays so.
@@ -48,23 +49,29 @@ const about = (section) =>
 function summary(found) {
   const asked = found.filter((row) => row.desired !== undefined && row.state !== "group");
   const differing = asked.filter((row) => DIFFERING.has(row.state)).length;
-  if (asked.length === 0) return found.length === 0 ? "Nothing is desired or reported." : "Nothing is desired.";
+  if (found.length === 0) return "Nothing is desired or reported.";
+  if (asked.length === 0) return "Nothing is desired.";
   if (differing === 0) return "All that is desired is reported.";
   return `${differing} of ${asked.length} desired values ${differing === 1 ? "differs" : "differ"}.`;
 }
 
 function blank(path) {
+  const parents = path
+    .slice(0, -1)
+    .map((name) => `${name}.`)
+    .join("");
   const key = make(
     "th",
     { role: "rowheader", scope: "row" },
-    make("span", { class: "unseen" }, visible(path.slice(0, -1).map((name) => `${name}.`).join(""))),
-    folded(path.at(-1)),
+    make("span", { class: "unseen" }, visible(parents)),
+    folded(path.at(-1), SHORT),
   );
   // Deeper than this, the indentation would leave no room on a phone.
   key.classList.add(`depth-${Math.min(path.length - 1, 6)}`);
-  const cells = ["Desired", "Reported"].map((label) => make("td", { role: "cell", "data-label": label }));
+  const cells = [make("td", { role: "cell" }), make("td", { role: "cell" })];
   const mark = make("td", { role: "cell", class: "mark" });
-  return { element: make("tr", { role: "row" }, key, ...cells, mark), cells, mark, texts: [], state: "" };
+  const element = make("tr", { role: "row" }, key, ...cells, mark);
+  return { element, key, cells, mark, texts: [], state: "" };
 }
 
 function fill(kept, row, live) {
@@ -77,7 +84,7 @@ function fill(kept, row, live) {
     const fresh = live && !group;
     kept.texts[index] = whole;
     const nodes = text || group ? [] : [make("span", { class: "faint" }, "–")];
-    if (text) nodes.push(folded(text));
+    if (text) nodes.push(folded(text, SHORT));
     if (note) nodes.push(make("span", { class: "note" }, visible(note)));
     kept.cells[index].replaceChildren(...nodes);
     kept.cells[index].classList.remove("fresh");
@@ -87,6 +94,7 @@ function fill(kept, row, live) {
     const [sign, word] = MARKS[row.state];
     kept.mark.replaceChildren(make("span", { "aria-hidden": "true" }, sign), make("span", {}, word));
     kept.element.className = row.state;
+    kept.key.colSpan = group ? 4 : 1;
     kept.state = row.state;
   }
 }
@@ -102,7 +110,10 @@ function filter() {
     }
     shown = shown.filter(([key]) => wanted.has(key));
   }
-  arrange(find("rows"), shown.map(([, row]) => row.element));
+  arrange(
+    find("rows"),
+    shown.map(([, row]) => row.element),
+  );
 }
 
 /** Say in words what is another than before. */

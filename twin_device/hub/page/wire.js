@@ -27,7 +27,10 @@ export function follow(id) {
       const before = await packetsOf(name);
       if (stream !== own) return;
       const since = newest?.time ?? 0;
-      before.filter((packet) => packet.time > since).slice(-MOST).forEach(add);
+      before
+        .filter((packet) => packet.time > since)
+        .slice(-MOST)
+        .forEach(add);
     },
     happened({ time, body }) {
       if (stream === own && !isKnown(time, body)) add({ ...body, time, live: true });
@@ -48,7 +51,8 @@ async function packetsOf(name) {
 /** The stream begins before what was is asked for: a packet may be in both. */
 function isKnown(time, packet) {
   if (newest === null || newest.live) return false;
-  const alike = ["direction", "kind", "topic", "size", "payload"].every((name) => newest[name] === packet[name]);
+  const members = ["direction", "kind", "topic", "size", "payload"];
+  const alike = members.every((name) => newest[name] === packet[name]);
   return time < newest.time || (alike && time - newest.time < MOMENT);
 }
 
@@ -85,11 +89,18 @@ function line(packet) {
     "div",
     { class: "packet" },
     make("time", {}, clock(packet.time * 1000)),
-    make("span", { class: `way ${packet.direction}` }, make("span", { "aria-hidden": "true" }, sign), make("span", { class: "unseen" }, words)),
+    make(
+      "span",
+      { class: `way ${packet.direction}` },
+      make("span", { "aria-hidden": "true" }, sign),
+      make("span", { class: "unseen" }, words),
+    ),
     make("strong", {}, packet.kind),
   );
   if (packet.topic) head.append(make("code", { class: "topic" }, visible(packet.topic)));
-  if (packet.kind === "PUBLISH") head.append(make("span", { class: "faint" }, `QoS ${packet.qos}, ${packet.size} bytes`));
+  if (packet.kind === "PUBLISH") {
+    head.append(make("span", { class: "faint" }, `QoS ${packet.qos}, ${packet.size} bytes`));
+  }
   const item = make("li", {}, head);
   if (packet.payload) item.append(folded(packet.payload));
   return item;
