@@ -24,6 +24,7 @@ from twin_device.core.errors import (
     ReportRejected,
     RetrieveRejected,
 )
+from twin_device.core.stream import Reader
 from twin_device.core.twin import (
     OFFLINE,
     RETRIEVING,
@@ -2499,6 +2500,49 @@ def test_so_they_do_without_a_copy_of_the_reported_properties(seed):
     world.recover()
     assert not world.twin.outstanding
     assert same_json(world.hub.reported, world.wanted())
+
+
+class Recording(World):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.record = []
+
+    def perform(self, outputs):
+        for output in outputs:
+            if type(output) is Retrieved and output.twin is not None:
+                # A Reader leaves the reported properties out.
+                output = output._replace(twin=output.twin["desired"])
+            self.record.append(repr(output))
+        super().perform(outputs)
+
+
+class Board(Recording):
+    """The shell reads every payload in chunks."""
+
+    def arrive(self, topic, payload):
+        document = b""
+        twin = self.twin.reading(topic)
+        if twin is not None:
+            reader = Reader(twin)
+            try:
+                for start in range(0, len(payload), 7):
+                    reader.feed(payload[start : start + 7])
+                document = reader.end()
+            except ValueError:
+                pass
+        super().arrive(topic, document)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_shell_that_reads_in_chunks_is_given_the_same_outputs(seed):
+    records = []
+    for kind in (Recording, Board):
+        world = kind(seed, 0.7, keep_reported=False)
+        world.take(world.twin.start(0))
+        world.misbehave(300)
+        records.append(world.record)
+    assert records[0] == records[1]
+    assert len(records[0]) > 300
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -132,14 +132,17 @@ def same(one: object, other: object) -> bool:
 
 
 def diff(old: "dict[str, object]", new: "dict[str, object]") -> "dict[str, object]":
-    """The smallest merge patch with merge(old, patch) == new, for documents without None."""
+    """The smallest merge patch with merge(old, patch) == new, for documents without None.
+
+    Its values are those of new, not copies.
+    """
     patch: "dict[str, object]" = {}
     for key in old:
         if key not in new:
             patch[key] = None
     for key, value in new.items():
         if key not in old:
-            patch[key] = copy(value)
+            patch[key] = value
             continue
         before = old[key]
         if isinstance(value, dict) and isinstance(before, dict):
@@ -147,7 +150,7 @@ def diff(old: "dict[str, object]", new: "dict[str, object]") -> "dict[str, objec
             if inner:
                 patch[key] = inner
         elif not same(before, value):
-            patch[key] = copy(value)
+            patch[key] = value
     return patch
 
 

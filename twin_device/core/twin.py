@@ -47,8 +47,7 @@ Publish = namedtuple("Publish", ("topic", "payload"))
 # Outputs for the app.
 # StateChanged: old and new state (str).
 StateChanged = namedtuple("StateChanged", ("old", "new"))
-# DesiredChanged: merge patch (dict, the receiver's own) and the desired properties after it (dict, shared:
-# never to be changed).
+# DesiredChanged: merge patch and the desired properties after it (dicts, shared: never to be changed).
 DesiredChanged = namedtuple("DesiredChanged", ("patch", "desired"))
 # Reported: the end of the report with this ticket: version (int, or None if the hub gave none) or error.
 Reported = namedtuple("Reported", ("ticket", "version", "error"))
@@ -334,8 +333,24 @@ class Twin:
 
     # ------------------------------------------------------------------ inputs: messages
 
-    def message_received(self, topic: str, payload: bytes, now: int, jitter: float) -> "list[object]":
-        """A PUBLISH of the hub. Foreign topics, and answers that nobody waits for, change nothing."""
+    def reading(self, topic: str) -> "bool | None":
+        """How to read a payload in chunks: the `twin` of a stream.Reader; None: b"" will do in its place."""
+        where = parse(topic)
+        if where is None or self.state == OFFLINE:
+            return None
+        if where.kind == DESIRED:
+            return False
+        if where.request_id is not None and where.request_id == self._get:
+            return bool(200 <= where.status < 300)
+        return None if where.request_id is None or where.request_id != self._flight else False
+
+    def message_received(self, topic: str, payload: object, now: int, jitter: float) -> "list[object]":
+        """A PUBLISH of the hub. Foreign topics, and answers that nobody waits for, change nothing.
+
+        payload: its bytes; or, where the shell reads in chunks, the document of the Reader, which is the
+        machine's from then on, or b"" if there is none. Of the reported properties a Reader's twin has but
+        the version: it is for a machine that keeps none.
+        """
         out: "list[object]" = []
         where = parse(topic)
         if where is None or self.state == OFFLINE:
@@ -492,10 +507,10 @@ class Twin:
             self._get_tries += 1
 
     def _notified(
-        self, topic_version: "int | None", payload: bytes, now: int, jitter: float, out: "list[object]"
+        self, topic_version: "int | None", payload: object, now: int, jitter: float, out: "list[object]"
     ) -> None:
         try:
-            patch = loads(payload)
+            patch = _read(payload)
             if not isinstance(patch, dict):
                 raise ValueError("no JSON object")
             # The body's $version counts; the topic's stands in only where the body has none.
@@ -530,13 +545,13 @@ class Twin:
                 self._ask(now, jitter)
                 self._flow(now, out)
 
-    def _retrieved(self, where: Topic, payload: bytes, now: int, jitter: float, out: "list[object]") -> None:
+    def _retrieved(self, where: Topic, payload: object, now: int, jitter: float, out: "list[object]") -> None:
         status = where.status
         if not 200 <= status < 300:
             self._retrieve_refused(where, payload, now, jitter, out)
             return
         try:
-            twin = loads(payload)
+            twin = _read(payload)
             if isinstance(twin, dict) and "desired" not in twin and isinstance(twin.get("properties"), dict):
                 twin = twin["properties"]
             desired, version = _section(twin, "desired")
@@ -566,7 +581,7 @@ class Twin:
             self._known = True
 
     def _retrieve_refused(
-        self, where: Topic, payload: bytes, now: int, jitter: float, out: "list[object]"
+        self, where: Topic, payload: object, now: int, jitter: float, out: "list[object]"
     ) -> None:
         status = where.status
         code, tracking_id, message = _explained(payload)
@@ -739,7 +754,7 @@ class Twin:
         lost = self._flight_patch
         return parts, compose(lost, diff(merge(self.reported, lost), target), self.reported)
 
-    def _answered(self, where: Topic, payload: bytes, now: int, jitter: float, out: "list[object]") -> None:
+    def _answered(self, where: Topic, payload: object, now: int, jitter: float, out: "list[object]") -> None:
         status, version = where.status, where.version
         parts, self._flight_parts = self._flight_parts, []
         if 200 <= status < 300:
@@ -803,8 +818,12 @@ class Twin:
             out.append(Reported(parts[0].ticket, None, error))
 
 
+def _read(payload: object) -> object:
+    return loads(payload) if isinstance(payload, bytes) else payload
+
+
 def _section(twin: object, name: str) -> "tuple[dict[str, object], int | None]":
-    """One section of a twin, without `$` keys and nulls, and its `$version`."""
+    """One section of a twin, without `$` keys and nulls, and its `$version`. The section is changed."""
     section = twin.get(name) if isinstance(twin, dict) else None
     if not isinstance(section, dict):
         raise ValueError("no " + name)
@@ -812,13 +831,23 @@ def _section(twin: object, name: str) -> "tuple[dict[str, object], int | None]":
     for key in list(section):
         if key.startswith("$"):
             del section[key]
-    return merge(None, section), version if type(version) is int else None
+    _drop_nulls(section)
+    return section, version if type(version) is int else None
 
 
-def _explained(payload: bytes) -> "tuple[object, object, object]":
+def _drop_nulls(document: "dict[str, object]") -> None:
+    for key in list(document):
+        value = document[key]
+        if value is None:
+            del document[key]
+        elif isinstance(value, dict):
+            _drop_nulls(value)
+
+
+def _explained(payload: object) -> "tuple[object, object, object]":
     """errorCode, trackingId and message of an error's body; None for what it does not have."""
     try:
-        body = loads(payload)
+        body = _read(payload)
     except (ValueError, RuntimeError):
         body = None
     if not isinstance(body, dict):
