@@ -3,10 +3,15 @@
 Source: IoT Hub, "Communicate with an IoT hub using the MQTT protocol", device twins.
 """
 
+import binascii
 from collections import namedtuple
 
-RESPONSE_FILTER = "$iothub/twin/res/#"
-DESIRED_FILTER = "$iothub/twin/PATCH/properties/desired/#"
+_RETRIEVE_PATH = "$iothub/twin/GET"
+_REPORT_PATH = "$iothub/twin/PATCH/properties/reported"
+_DESIRED_PATH = "$iothub/twin/PATCH/properties/desired"
+_RESPONSE_PATH = "$iothub/twin/res/"
+RESPONSE_FILTER = _RESPONSE_PATH + "#"
+DESIRED_FILTER = _DESIRED_PATH + "/#"
 FILTERS = (RESPONSE_FILTER, DESIRED_FILTER)
 
 # kind: one of the four below. status: int of a response, else None. request_id: str or None.
@@ -17,18 +22,12 @@ REPORT = "report"
 RESPONSE = "response"
 DESIRED = "desired"
 
-_HEX = "0123456789abcdefABCDEF"
-_RESPONSE_PATH = "$iothub/twin/res/"
-_PATHS = {
-    "$iothub/twin/GET": RETRIEVE,
-    "$iothub/twin/PATCH/properties/reported": REPORT,
-    "$iothub/twin/PATCH/properties/desired": DESIRED,
-}
+_PATHS = {_RETRIEVE_PATH: RETRIEVE, _REPORT_PATH: REPORT, _DESIRED_PATH: DESIRED}
 
 
 def retrieve_topic(request_id: str) -> str:
     """The topic to publish an empty payload to, to be sent the twin."""
-    return "$iothub/twin/GET/?$rid=" + request_id
+    return _RETRIEVE_PATH + "/?$rid=" + request_id
 
 
 def report_topic(request_id: str, version: "int | None" = None) -> str:
@@ -36,7 +35,7 @@ def report_topic(request_id: str, version: "int | None" = None) -> str:
 
     version: the reported `$version` that the hub must be at, else it answers 412 and changes nothing.
     """
-    topic = "$iothub/twin/PATCH/properties/reported/?$rid=" + request_id
+    topic = _REPORT_PATH + "/?$rid=" + request_id
     if version is not None:
         topic += "&$version=" + str(version)
     return topic
@@ -90,10 +89,10 @@ def _percent_decoded(text: str) -> str:
     try:
         data = head.encode()
         for part in rest:
-            # int() alone would take "+1" and " 1".
-            if len(part) < 2 or part[0] not in _HEX or part[1] not in _HEX:
+            if not part:
                 return text
-            data += bytes((int(part[:2], 16),)) + part[2:].encode()
+            # int() would take "+1" and " 1", too.
+            data += binascii.unhexlify(part[:2]) + part[2:].encode()
         return data.decode()
     except ValueError:
         return text
