@@ -80,12 +80,13 @@ def _without_surrogates(text: str) -> str:
 
 def _is_deeper(value: object, levels: int) -> bool:
     if isinstance(value, dict):
-        members = list(value.values())
-    elif isinstance(value, list):
-        members = value
-    else:
+        value = list(value.values())
+    elif not isinstance(value, list):
         return False
-    return levels == 0 or any(_is_deeper(member, levels - 1) for member in members)
+    deeper = levels == 0
+    for member in value:
+        deeper = deeper or _is_deeper(member, levels - 1)
+    return deeper
 
 
 def copy(value: object) -> object:
@@ -123,12 +124,18 @@ def same(one: object, other: object) -> bool:
     if isinstance(one, dict):
         if not isinstance(other, dict) or len(one) != len(other):
             return False
-        return all(key in other and same(value, other[key]) for key, value in one.items())
-    if isinstance(one, list):
+        for key, value in one.items():
+            if key not in other or not same(value, other[key]):
+                return False
+    elif isinstance(one, list):
         if not isinstance(other, list) or len(one) != len(other):
             return False
-        return all(same(value, other[index]) for index, value in enumerate(one))
-    return one == other and (type(one) is bool) == (type(other) is bool)
+        for index, value in enumerate(one):
+            if not same(value, other[index]):
+                return False
+    else:
+        return one == other and (type(one) is bool) == (type(other) is bool)
+    return True
 
 
 def diff(old: "dict[str, object]", new: "dict[str, object]") -> "dict[str, object]":
@@ -222,8 +229,6 @@ def check_section(section: object, patch: "dict[str, object]") -> None:
 
 
 def _check_object(value: "dict[str, object]", path: "list[object]", depth: int, in_array: bool) -> int:
-    if depth > MAX_DEPTH:
-        raise PatchError(_text(path), "objects and arrays nest at most 10 deep", depth)
     total = 0
     for key, member in value.items():
         path.append(key)
@@ -234,13 +239,7 @@ def _check_object(value: "dict[str, object]", path: "list[object]", depth: int, 
 
 def _check_value(value: object, path: "list[object]", depth: int, in_array: bool) -> int:
     if type(value) is str:
-        try:
-            count = len(_utf8(value))
-        except ValueError:
-            raise PatchError(_text(path), "a string must be valid Unicode (no lone surrogate)") from None
-        if count > MAX_STRING:
-            raise PatchError(_text(path), "a string is at most 4096 bytes of UTF-8", count)
-        return count
+        return _check_text("a string", value, MAX_STRING, path)
     if type(value) is bool:
         return 4
     if type(value) is int:
@@ -255,33 +254,41 @@ def _check_value(value: object, path: "list[object]", depth: int, in_array: bool
         if in_array:
             raise PatchError(_text(path), "null removes a key and has no meaning inside an array")
         return 0
+    if type(value) is not dict and type(value) is not list:
+        raise PatchError(
+            _text(path), "a value is a dict, list, str, int, float, bool or None", _type_name(value)
+        )
+    depth += 1
+    if depth > MAX_DEPTH:
+        raise PatchError(_text(path), "objects and arrays nest at most 10 deep", depth)
     if type(value) is dict:
-        return _check_object(value, path, depth + 1, in_array)
-    if type(value) is list:
-        if depth + 1 > MAX_DEPTH:
-            raise PatchError(_text(path), "objects and arrays nest at most 10 deep", depth + 1)
-        total = 0
-        for index, member in enumerate(value):
-            path.append(index)
-            total += _check_value(member, path, depth + 1, True)
-            path.pop()
-        return total
-    raise PatchError(_text(path), "a value is a dict, list, str, int, float, bool or None", _type_name(value))
+        return _check_object(value, path, depth, in_array)
+    total = 0
+    for index, member in enumerate(value):
+        path.append(index)
+        total += _check_value(member, path, depth, True)
+        path.pop()
+    return total
 
 
 def _check_key(key: object, path: "list[object]") -> int:
     if type(key) is not str:
         raise PatchError(_text(path), "a key is a str", _type_name(key))
-    try:
-        count = len(_utf8(key))
-    except ValueError:
-        raise PatchError(_text(path), "a key must be valid Unicode (no lone surrogate)") from None
-    if count > MAX_KEY:
-        raise PatchError(_text(path), "a key is at most 1024 bytes of UTF-8", count)
+    count = _check_text("a key", key, MAX_KEY, path)
     if not key.isalpha():
         for character in key:
             if character in ".$# " or character < " " or "\x7f" <= character <= "\x9f":
                 raise PatchError(_text(path), "a key has no control character, space, '.', '$' or '#'")
+    return count
+
+
+def _check_text(what: str, text: str, most: int, path: "list[object]") -> int:
+    try:
+        count = len(_utf8(text))
+    except ValueError:
+        raise PatchError(_text(path), what + " must be valid Unicode (no lone surrogate)") from None
+    if count > most:
+        raise PatchError(_text(path), what + " is at most " + str(most) + " bytes of UTF-8", count)
     return count
 
 
