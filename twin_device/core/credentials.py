@@ -11,8 +11,9 @@ from .errors import LocalError
 
 API_VERSION = "2021-04-12"
 
-_UNRESERVED = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~"
-_BASE64 = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+_DIGITS = "0123456789"
+_LETTERS_AND_DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz" + _DIGITS
+_UNRESERVED = _LETTERS_AND_DIGITS + "-._~"
 _ID_SIGNS = "-:.+%_#*?!(),=@;$'"
 _NAMES = (
     "HostName",
@@ -105,6 +106,7 @@ def connection_string_fields(text: str) -> "dict[str, object]":
     """The arguments of Credentials that a connection string stands for. Raises as from_connection_string."""
     if not isinstance(text, str) or not text.strip():
         raise LocalError("the connection string is empty")
+    where = " in the connection string"
     values: "dict[str, str]" = {}
     parts = [part.strip() for part in text.strip().split(";")]
     for index, part in enumerate(parts):
@@ -120,10 +122,10 @@ def connection_string_fields(text: str) -> "dict[str, object]":
                 "part " + str(index + 1) + " of the connection string is not one of " + ", ".join(_NAMES)
             )
         if name in values:
-            raise LocalError(name + " appears twice in the connection string")
+            raise LocalError(name + " appears twice" + where)
         value = value.strip()
         if not value:
-            raise LocalError(name + " is empty in the connection string")
+            raise LocalError(name + " is empty" + where)
         values[name] = value
     for name in ("x509", "SharedAccessSignature"):
         if name in values:
@@ -133,7 +135,7 @@ def connection_string_fields(text: str) -> "dict[str, object]":
             hint = ""
             if name == "DeviceId" and "SharedAccessKeyName" in values:
                 hint = ": this is a service's, a device's is needed"
-            raise LocalError(name + " is missing in the connection string" + hint)
+            raise LocalError(name + " is missing" + where + hint)
     return {
         "host": values["HostName"],
         "device_id": values["DeviceId"],
@@ -147,11 +149,7 @@ def connection_string_fields(text: str) -> "dict[str, object]":
 def decode_key(text: str) -> bytes:
     """The bytes of a SharedAccessKey (base64). LocalError, without the text, if it is none."""
     body = text.rstrip("=")
-    bad = not body or len(text) % 4 != 0 or len(text) - len(body) > 2
-    for character in body:
-        if character not in _BASE64:
-            bad = True
-    if bad:
+    if not body or len(text) % 4 or len(text) - len(body) > 2 or _foreign(body, _LETTERS_AND_DIGITS + "+/"):
         raise LocalError("SharedAccessKey is not base64: is it cut off, or percent-encoded?")
     return binascii.a2b_base64(text)
 
@@ -186,12 +184,20 @@ def percent_encode(text: str) -> str:
     return encoded
 
 
+def _foreign(text: str, allowed: str) -> str:
+    """The first character that is not allowed; "" if there is none."""
+    for character in text:
+        if character not in allowed:
+            return character
+    return ""
+
+
 def _check_id(name: str, value: object) -> None:
     if not isinstance(value, str) or not value or len(value) > 128:
         raise LocalError(name + " must be 1 to 128 characters")
-    for character in value:
-        if character not in _UNRESERVED and character not in _ID_SIGNS:
-            raise LocalError(name + " has a character that IoT Hub does not allow: " + repr(character))
+    foreign = _foreign(value, _UNRESERVED + _ID_SIGNS)
+    if foreign:
+        raise LocalError(name + " has a character that IoT Hub does not allow: " + repr(foreign))
 
 
 def _split_port(name: str, host: str) -> "tuple[str, int | None]":
@@ -209,15 +215,12 @@ def _split_port(name: str, host: str) -> "tuple[str, int | None]":
     else:
         digits = None
     if digits is not None:
-        for character in digits:
-            if character not in "0123456789":
-                digits = ""
-        port = int(digits) if digits and len(digits) <= 5 else 0
+        port = 0 if not digits or len(digits) > 5 or _foreign(digits, _DIGITS) else int(digits)
         if not 0 < port < 65536:
             raise LocalError(name + " has a port that is not a number from 1 to 65535")
-    for character in host:
-        if character not in _UNRESERVED and character != ":":
-            raise LocalError(name + " has a character that no host name has: " + repr(character))
+    foreign = _foreign(host, _UNRESERVED + ":")
+    if foreign:
+        raise LocalError(name + " has a character that no host name has: " + repr(foreign))
     if not host:
         raise LocalError(name + " is empty")
     return host, port
