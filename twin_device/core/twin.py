@@ -29,6 +29,8 @@ from .errors import ConnectRefused, LocalError, NotConnected, RemoteError, Repor
 from .patch import MAX_SECTION, check, check_section, compose, copy, diff, dumps, loads, merge, same, size
 from .topics import DESIRED, FILTERS, RESPONSE, Topic, parse, report_topic, retrieve_topic
 
+const = int  # MicroPython's compiler puts the numbers in place of the names
+
 OFFLINE = "offline"
 SUBSCRIBING = "subscribing"
 RETRIEVING = "retrieving"
@@ -58,17 +60,17 @@ Failed = namedtuple("Failed", ("error",))
 
 # Milliseconds. IoT Hub's own recommendation for clients: from 1 s to 100 s (Azure SDK for Embedded C,
 # MQTT state machine).
-_BACKOFF = 1000
-_BACKOFF_CAP = 100000
+_BACKOFF = const(1000)
+_BACKOFF_CAP = const(100000)
 # Refused credentials, a used-up quota: nothing that seconds can mend.
-_SLOW = 60000
-_SLOW_CAP = 900000
-_STABLE = 60000
-_CONNECT_TIMEOUT = 60000  # the hub delays CONNACK when it is throttled
+_SLOW = const(60000)
+_SLOW_CAP = const(900000)
+_STABLE = const(60000)
+_CONNECT_TIMEOUT = const(60000)  # the hub delays CONNACK when it is throttled
 
-_MAX_KEPT = 64  # notifications kept before the document
-_MAX_PARTS = 32  # reports kept apart, so that a refusal hits only the one that earned it
-_MAX_QUEUE = 1024
+_MAX_KEPT = const(64)  # notifications kept before the document
+_MAX_PARTS = const(32)  # reports kept apart, so that a refusal hits only the one that earned it
+_MAX_QUEUE = const(1024)
 
 
 class _Part:
