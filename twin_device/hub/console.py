@@ -138,10 +138,11 @@ class Console:
 
     async def _packets(self, request: web.Request) -> web.Response:
         name = request.query.get("deviceId", "")
-        packets = self._endpoint.packets.get(name)
-        if packets is None:
+        if name not in self._endpoint.packets:
             raise Problem(404001, f"Device {name} not registered")
-        return web.json_response([{"time": packet.time, **told(packet)} for packet in packets])
+        return web.json_response(
+            [{"time": packet.time, **told(packet)} for packet in self._endpoint.packets[name]]
+        )
 
     # ------------------------------------------------------------------ faults
 

@@ -310,10 +310,10 @@ class LocalHub:
             # It begins now: cancelled before, it would not close what it was given.
             await asyncio.sleep(0)
 
-    def _connection(self) -> asyncio.Protocol:
+    def _connection(self) -> asyncio.BaseProtocol:
         return Connection(self._endpoint)
 
-    def _guarded(self) -> asyncio.Protocol:
+    def _guarded(self) -> asyncio.BaseProtocol:
         return Guard(self._guards, self._runner.server())
 
     async def _greet(self, raw: socket.socket, name: str) -> None:
@@ -726,16 +726,19 @@ class Device:
 
     @property
     def packets(self) -> tuple[Packet, ...]:
-        """The last 2,000 MQTT packets of this device, oldest first."""
-        return self._hub._call(lambda: tuple(self._endpoint.packets[self.id]))
+        """The last 2,000 MQTT packets of this device, oldest first.
+
+        Of all devices together the hub keeps the last 100,000, and no more than 64 MB of topics and payloads.
+        """
+        return self._hub._call(lambda: self._endpoint.packets[self.id])
 
     def clear_packets(self) -> None:
-        self._hub._call(lambda: self._endpoint.packets[self.id].clear())
+        self._hub._call(lambda: self._endpoint.packets.clear(self.id))
 
     @property
     def telemetry(self) -> tuple[Telemetry, ...]:
-        """The last 1,000 device-to-cloud messages, oldest first."""
-        return self._hub._call(lambda: tuple(self._endpoint.telemetry[self.id]))
+        """The last 1,000 device-to-cloud messages, oldest first; of all devices 50,000, and 64 MB."""
+        return self._hub._call(lambda: self._endpoint.telemetry[self.id])
 
     def disconnect(self) -> None:
         """End its connection, like a network that is gone."""

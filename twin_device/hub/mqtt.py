@@ -21,6 +21,7 @@ from urllib.parse import quote, unquote
 
 from . import events, twins
 from .faults import Fault, Faults
+from .log import Log
 from .registry import Claim, Disabled, Identity, Refused, Registry
 
 if TYPE_CHECKING:
@@ -33,10 +34,16 @@ MAX_PACKET = 256 * 1024
 _MAX_BACKLOG = 4 * 1024 * 1024
 _CONNECT_WITHIN = 60.0
 _MAX_KEEP_ALIVE = 1767.0
-_LOGGED_PACKETS = 2000
+# Of one identity, and of the whole hub: packets, and bytes of their topics and payloads. A device's 2,000 are
+# kept as long as no more than 50 devices have as many.
+_LOGGED_PACKETS, _ALL_PACKETS = 2000, 100_000
+_ALL_BYTES = 64 * 1024 * 1024
 # What an event tells of a packet's payload, in bytes.
 _TOLD_PAYLOAD = 4096
-_MAX_TELEMETRY = 1000
+# Read at once. For a protocol without a buffer of its own asyncio allocates 256 KB for every read: four times
+# as dear as the read itself.
+_READ_SIZE = 16 * 1024
+_MAX_TELEMETRY, _ALL_TELEMETRY = 1000, 50_000
 _MAX_STRANGERS = 1000
 _MAX_C2D = 50
 # Also what a topic holds, where the properties are.
@@ -233,12 +240,16 @@ class Endpoint:
         self.state_times: dict[str, str] = {}
         # Connections whose TLS handshake is never answered, by a fault.
         self.hanging: list[socket.socket] = []
-        self.packets: dict[str, deque[Packet]] = {}
-        self.telemetry: dict[str, deque[Telemetry]] = {}
+        self.packets: Log[Packet] = Log(_LOGGED_PACKETS, _ALL_PACKETS, _ALL_BYTES, _packet_size)
+        self.telemetry: Log[Telemetry] = Log(_MAX_TELEMETRY, _ALL_TELEMETRY, _ALL_BYTES, _telemetry_size)
+        # When an identity last sent or was sent a packet, in Unix seconds.
+        self.activity: dict[str, float] = {}
         self.messages: dict[str, deque[_Message]] = {}
         # Direct methods that wait for their answer, by identity and $rid.
         self._calls: dict[str, dict[str, asyncio.Future[tuple[int, bytes]]]] = {}
         self._call_id = 0
+        # Where all connections are read into: the loop fills it and has it emptied in one step.
+        self.inbox = memoryview(bytearray(_READ_SIZE))
         # Those that wait for a device to come and subscribe.
         self._arrivals: dict[str, set[asyncio.Future[None]]] = {}
         self._held_reports: dict[str, Callable[[], None]] = {}
@@ -252,8 +263,8 @@ class Endpoint:
         self.twins[identity.id] = twin or twins.Twin(rules=self.settings.rules)
         self.keep(identity.id)
         self.connects[identity.id] = 0
-        self.packets[identity.id] = deque(maxlen=_LOGGED_PACKETS)
-        self.telemetry[identity.id] = deque(maxlen=_MAX_TELEMETRY)
+        self.packets.add(identity.id)
+        self.telemetry.add(identity.id)
         self.messages[identity.id] = deque()
         self._tell_of_life(identity.id, "createDeviceIdentity")
         self.changed()
@@ -261,7 +272,9 @@ class Endpoint:
     def delete(self, identity_id: str) -> None:
         self.drop(identity_id)
         self._tell_of_life(identity_id, "deleteDeviceIdentity")
-        for table in (self.twins, self.sessions, self.connects, self.packets, self.telemetry, self.messages):
+        self.packets.remove(identity_id)
+        self.telemetry.remove(identity_id)
+        for table in (self.twins, self.sessions, self.connects, self.activity, self.messages):
             table.pop(identity_id, None)
         self.state_times.pop(identity_id, None)
         for held in (self._sent_notifications, self._held_notifications, self._held_reports):
@@ -332,8 +345,8 @@ class Endpoint:
 
     def last_activity(self, identity_id: str) -> str:
         """When the identity was last heard of, as the service prints it."""
-        packets = self.packets.get(identity_id)
-        return twins.printed(packets[-1].time) if packets else twins.NEVER
+        at = self.activity.get(identity_id)
+        return twins.NEVER if at is None else twins.printed(at)
 
     def drop_all(self) -> None:
         for connection in list(self.open):
@@ -588,7 +601,7 @@ class Endpoint:
             apply()
 
 
-class Connection(asyncio.Protocol):
+class Connection(asyncio.BufferedProtocol):
     """One TCP connection of a device."""
 
     def __init__(self, endpoint: Endpoint) -> None:
@@ -626,7 +639,13 @@ class Connection(asyncio.Protocol):
         strangers[self] = None
         self._later(self._endpoint.settings.connect_within, self._check_connected)
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, _sizehint: int) -> memoryview:
+        return self._endpoint.inbox
+
+    def buffer_updated(self, count: int) -> None:
+        self.data_received(self._endpoint.inbox[:count])
+
+    def data_received(self, data: bytes | memoryview) -> None:
         if self._deaf or self._transport is None:
             return
         self._buffer += data
@@ -766,13 +785,14 @@ class Connection(asyncio.Protocol):
     def _log_packet(
         self, direction: str, kind: int, topic: str | None = None, payload: bytes = b"", qos: int = 0
     ) -> None:
-        packet = Packet(direction, _KINDS.get(kind, str(kind)), topic, payload, qos, time.time())
-        log = self._endpoint.packets.get(self._id)
-        if log is None:
+        now = time.time()
+        packet = Packet(direction, _KINDS.get(kind, str(kind)), topic, payload, qos, now)
+        if self._id not in self._endpoint.packets:
             # Before CONNECT is believed: handed over if it is.
             self._early.append(packet)
         else:
-            log.append(packet)
+            self._endpoint.packets.append(self._id, packet)
+            self._endpoint.activity[self._id] = now
             if self._endpoint.events.wants(events.PACKETS):
                 self._endpoint.events.publish(events.PACKETS, self._id, {}, {}, told(packet))
             if _log.isEnabledFor(logging.DEBUG):
@@ -859,7 +879,7 @@ class Connection(asyncio.Protocol):
         endpoint.connections[self._id] = self
         endpoint.connects[self._id] += 1
         endpoint.state_times[self._id] = twins.now()
-        endpoint.packets[self._id].extend(self._early)
+        endpoint.packets.extend(self._id, self._early)
         if endpoint.events.wants(events.PACKETS):
             for packet in self._early:
                 self._endpoint.events.publish(events.PACKETS, self._id, {}, {}, told(packet))
@@ -997,7 +1017,7 @@ class Connection(asyncio.Protocol):
             raise Violation(f"a PUBLISH to {topic!r}, which IoT Hub does not know")
         properties, system = found
         properties = {**properties, **extra}
-        self._endpoint.telemetry[self._id].append(Telemetry(payload, properties, system))
+        self._endpoint.telemetry.append(self._id, Telemetry(payload, properties, system))
         if self._endpoint.events.wants(events.TELEMETRY):
             body = payload.decode(errors="replace")
             self._endpoint.events.publish(events.TELEMETRY, self._id, properties, system, body)
@@ -1241,6 +1261,15 @@ def told(packet: Packet) -> dict[str, Any]:
         "size": len(packet.payload),
         "payload": packet.payload[:_TOLD_PAYLOAD].decode(errors="replace"),
     }
+
+
+def _packet_size(packet: Packet) -> int:
+    return len(packet.topic or "") + len(packet.payload)
+
+
+def _telemetry_size(message: Telemetry) -> int:
+    properties = (*message.properties.items(), *message.system.items())
+    return len(message.payload) + sum(len(name) + len(value) for name, value in properties)
 
 
 def _packet(kind: int, flags: int, body: bytes) -> bytes:
