@@ -717,6 +717,11 @@ class TwinClient:
             connected = await _connected(
                 self._host, self._port, self._context, time.monotonic() + self._timeout / 3
             )
+            # Nothing is awaited from here on: the socket is either closed or the client's.
+            link = self._link = _Link(self, connected)
+            password = self._credentials.password(int(time.time() + self._token_lifetime))
+            link.connect(self._credentials.client_id, self._user_name, password)
+            self._arm()
         except ssl.SSLCertVerificationError as failure:
             error = ConnectRefused(
                 f"the certificate of {where} is not to be trusted: {failure.verify_message}", False
@@ -726,11 +731,6 @@ class TwinClient:
         except Exception as failure:  # noqa: BLE001  # a bug costs a reconnect, never the client
             error = self._unexpected(failure)
         else:
-            # Nothing is awaited from here to the end: the connection is either closed or the client's.
-            link = self._link = _Link(self, connected)
-            password = self._credentials.password(int(time.time() + self._token_lifetime))
-            link.connect(self._credentials.client_id, self._user_name, password)
-            self._arm()
             return
         self._lose(error)
 
@@ -1000,6 +1000,9 @@ class _Link:
             data, self._in = bytes(self._in), bytearray()
         start, end = 0, len(data)
         while self._socket is not None:
+            if start < end and not self._acknowledged and data[start] != _CONNACK:
+                self._broken("something else before CONNACK")
+                return
             # 2.2.3: the remaining length, seven bits a byte, the low ones first.
             length = shift = 0
             at = start + 1
@@ -1033,8 +1036,6 @@ class _Link:
         if kind == _CONNACK and not self._acknowledged and len(body) == 2:
             self._acknowledged = True
             client._acknowledged(body[1])
-        elif not self._acknowledged:
-            self._broken("something else before CONNACK")
         elif kind == _PUBLISH:
             self._published(head, body)
         elif kind == _SUBACK and len(body) > 2:
