@@ -1,5 +1,6 @@
 """TwinClient against the local hub, on real sockets with TLS and real paho."""
 
+import errno
 import json
 import logging
 import os
@@ -33,6 +34,7 @@ from twin_device import (
     TwinClient,
 )
 from twin_device import client as client_module
+from twin_device.core.errors import StoreError
 from twin_device.hub import Device, LocalHub
 
 MakeApp = Callable[..., App]
@@ -800,3 +802,421 @@ def test_a_name_without_an_address_is_told(mocker: MockerFixture) -> None:
     client = TwinClient("no-such-hub.example", "dev-1", key=KEY)
     with pytest.raises(ConnectRefused, match="Name or service not known"):
         client.connect(timeout=0.2)
+
+
+# ---------------------------------------------------------------------- a store (rule 7)
+
+
+def store_in(folder: Path) -> Path:
+    return folder / "twin.json"
+
+
+def as_it_is_now(path: Path) -> Path:
+    """What a power cut at this moment would leave of the store, in a place of its own."""
+    copy = path.with_name(f"cut-{len(list(path.parent.iterdir()))}.json")
+    if path.exists():
+        copy.write_bytes(path.read_bytes())
+    return copy
+
+
+def kept_reports(path: Path) -> dict[str, Any]:
+    """The target that a store's file holds, by hand."""
+    content = json.loads(path.read_bytes())["content"]
+    target: dict[str, Any] = content["reported"] or {}
+    for report in content["reports"]:
+        target.update(report["patch"])
+    return target
+
+
+REPLACED = {"a": {"x": None, "y": None, "z": 1}, "t": None}
+
+# what a back end does while the device is off, the one patch that the handler gets after it
+WHILE_OFF: list[tuple[str, Callable[[Device], object], dict[str, Any] | None]] = [
+    ("nothing", lambda device: None, None),
+    ("add", lambda device: device.patch_desired({"new": [1]}), {"new": [1]}),
+    ("change", lambda device: device.patch_desired({"a": {"x": 2}}), {"a": {"x": 2}}),
+    ("delete", lambda device: device.patch_desired({"a": {"x": None}}), {"a": {"x": None}}),
+    ("there and back", lambda device: [device.patch_desired({"t": n}) for n in (9, 1)], None),
+    ("replace", lambda device: device.replace_desired({"a": {"z": 1}}), REPLACED),
+    ("many", lambda device: [device.patch_desired({"t": n}) for n in range(50)], {"t": 49}),
+]  # fmt: skip  # a table reads better whole
+
+
+@pytest.mark.parametrize(
+    ("change", "patch"), [row[1:] for row in WHILE_OFF], ids=[row[0] for row in WHILE_OFF]
+)
+def test_7_after_a_restart_the_handler_gets_exactly_the_difference(
+    local_hub: LocalHub,
+    make_app: MakeApp,
+    tmp_path: Path,
+    change: Callable[[Device], object],
+    patch: dict[str, Any] | None,
+) -> None:
+    before = {"a": {"x": 1, "y": 1}, "t": 1}
+    device = local_hub.create_device("dev-1", desired=before)
+    first = make_app(device, store=store_in(tmp_path))
+    with first.client:
+        assert first.next_patch() == before
+    change(device)
+    second = make_app(device, store=str(store_in(tmp_path)))
+    # Known before there is any connection.
+    assert (second.client.state, second.client.desired) == ("offline", before)
+    assert second.client.desired_version is None
+    with second.client as client:
+        client.retrieve()
+        assert client.desired == device.desired
+    given = [] if second.changes.empty() else [second.next_patch()]
+    assert given == ([] if patch is None else [patch])
+    assert second.changes.empty()
+    # And what was given is kept in turn.
+    third = make_app(device, store=store_in(tmp_path))
+    assert third.client.desired == device.desired
+
+
+def test_7_a_twin_that_was_created_again_starts_its_versions_over(
+    local_hub: LocalHub, make_app: MakeApp, tmp_path: Path
+) -> None:
+    device = local_hub.create_device("dev-1", desired={"t": 1, "old": True})
+    empty = local_hub.snapshot()
+    first = make_app(device, store=store_in(tmp_path))
+    with first.client as client:
+        for n in range(5):
+            device.patch_desired({"t": n + 10})
+        client.report({"a": {"b": 1}, "c": 1})
+        client.report({"c": None})
+        wait_until(lambda: first.client.desired["t"] == 14, "the last notification")
+    local_hub.fail_over(empty)
+    device.replace_desired({"t": 3})
+    assert device.desired_version < 5
+    second = make_app(device, store=store_in(tmp_path))
+    with second.client as client:
+        assert second.next_patch() == {"t": 3, "old": None}
+        device.wait_for({"a": {"b": 1}})
+        assert client.desired == {"t": 3}
+    assert device.reported == {"a": {"b": 1}}
+
+
+def test_7_what_was_accepted_offline_is_delivered_by_the_next_run(
+    make_app: MakeApp, device: Device, tmp_path: Path
+) -> None:
+    path = store_in(tmp_path)
+    first = make_app(device, store=path)
+    first.client.report({"a": {"b": 1}, "gone": 1}, wait=False)
+    # It is in the file before report() returns.
+    assert kept_reports(path) == {"a": {"b": 1}, "gone": 1}
+    first.client.report({"gone": None}, wait=False)
+    report = first.client.report({"c": True}, wait=False)
+    cut = as_it_is_now(path)
+    first.client.close()
+    with pytest.raises(NotConnected):
+        report.wait()
+    # Cut or closed, it is the same.
+    for left in (cut, path):
+        app = make_app(device, store=left)
+        with app.client:
+            device.wait_for({"a": {"b": 1}, "c": True})
+        assert device.reported == {"a": {"b": 1}, "c": True}
+        assert app.errors.empty()
+    # The second run found the hub as it wants it.
+    assert reported_patches(device) == [{"a": {"b": 1}, "c": True}]
+
+
+def test_7_a_report_cut_off_on_its_way_is_brought_to_an_end(
+    local_hub: LocalHub, make_app: MakeApp, device: Device, tmp_path: Path
+) -> None:
+    path = store_in(tmp_path)
+    app = make_app(device, store=path)
+    app.client.connect()
+    assert app.client.report({"mode": "a", "n": 0}) == 2
+    local_hub.stop_listening()
+    app.await_state("offline")
+    app.client.report({"mode": "b"}, wait=False)
+    app.client.report({"mode": "c"}, wait=False, version=2)
+    app.client.report({"n": 1}, wait=False, always=True)
+    cut = as_it_is_now(path)
+    app.client.close()
+    local_hub.listen_again()
+    again = make_app(device, store=cut)
+    again.client.connect()
+    # The one that was bound to a version that is gone is refused, and nobody waits for it any more.
+    error = again.next_error()
+    assert isinstance(error, ReportRejected)
+    assert error.status == 412
+    device.wait_for({"mode": "b", "n": 1})
+    assert device.reported_version == 4
+
+
+def test_7_a_conditional_report_whose_answer_was_cut_off_is_no_error(
+    make_app: MakeApp, device: Device, tmp_path: Path
+) -> None:
+    path = store_in(tmp_path)
+    app = make_app(device, store=path)
+    app.client.report({"n": 1}, wait=False, version=1)
+    cut = as_it_is_now(path)
+    app.client.connect()
+    device.wait_for({"n": 1})
+    app.client.close()
+    again = make_app(device, store=cut)
+    with again.client as client:
+        assert client.report({"m": 1}) == 3
+    assert again.errors.empty()
+    assert device.reported == {"n": 1, "m": 1}
+
+
+def test_7_what_the_hub_refused_does_not_come_again(
+    local_hub: LocalHub, make_app: MakeApp, device: Device, tmp_path: Path
+) -> None:
+    path = store_in(tmp_path)
+    app = make_app(device, store=path)
+    with app.client as client:
+        client.report({"good": 1})
+        local_hub.fault("answer_status", operation="report", status=400, times=1)
+        with pytest.raises(ReportRejected):
+            client.report({"bad": 1})
+        wait_until(lambda: kept_reports(path) == {"good": 1}, "the refused report to leave the store")
+
+
+def test_7_a_call_that_was_cut_short_is_made_again(make_app: MakeApp, device: Device, tmp_path: Path) -> None:
+    path = store_in(tmp_path)
+    app = make_app(device, store=path)
+    cuts: queue.SimpleQueue[Path] = queue.SimpleQueue()
+    app.client.on_desired(lambda patch, desired: cuts.put(as_it_is_now(path)))
+    app.client.connect()
+    inside = cuts.get(timeout=PATIENCE)
+    wait_until(path.exists, "the call to be kept")
+    after = as_it_is_now(path)
+    app.client.close()
+    assert make_app(device, store=inside).client.desired == {}
+    assert make_app(device, store=after).client.desired == {"telemetryInterval": 30}
+    again = make_app(device, store=inside.with_name("copy.json"))
+    again.client.connect()
+    assert again.next_patch() == {"telemetryInterval": 30}
+
+
+def test_7_a_handler_that_raises_has_been_given_the_patch(
+    make_app: MakeApp, device: Device, tmp_path: Path
+) -> None:
+    app = make_app(device, store=store_in(tmp_path))
+
+    @app.client.on_desired
+    def broken(patch: Any, desired: Any) -> None:
+        raise RuntimeError("broken")
+
+    with app.client:
+        app.next_error()
+    assert make_app(device, store=store_in(tmp_path)).client.desired == {"telemetryInterval": 30}
+
+
+def test_7_a_handler_that_closes_the_client_is_not_called_again(
+    make_app: MakeApp, device: Device, tmp_path: Path
+) -> None:
+    path = store_in(tmp_path)
+    app = make_app(device, store=path)
+    app.client.report({"left": 1}, wait=False)
+    reports = []
+
+    @app.client.on_desired
+    def reboot(patch: Any, desired: Any) -> None:
+        app.client.close()
+        reports.append(kept_reports(path))
+
+    app.client.connect(wait=False)
+    app.next_patch()
+    # The dispatcher gives the file back once the handler has returned; close() waits for it.
+    app.client.close()
+    again = make_app(device, store=path)
+    assert again.client.desired == {"telemetryInterval": 30}
+    assert reports[0]["left"] == 1
+
+
+def test_7_settings_go_on_where_the_power_went(make_app: MakeApp, device: Device, tmp_path: Path) -> None:
+    device.replace_desired({"done": {"x": 1}, "slow": 5})
+    path = store_in(tmp_path)
+    applied: list[tuple[str, Any]] = []
+    cuts: queue.SimpleQueue[Path] = queue.SimpleQueue()
+
+    def start(store: Path, cut: bool) -> App:
+        app = make_app(device, store=store)
+
+        @app.client.setting("done")
+        def done(value: Any) -> None:
+            applied.append(("done", value))
+
+        @app.client.setting("slow")
+        def slow(value: Any) -> None:
+            applied.append(("slow", value))
+            if cut:
+                device.wait_for({"slow": {"status": "Pending"}})
+                cuts.put(as_it_is_now(store))
+
+        app.client.connect()
+        return app
+
+    first = start(path, True)
+    left = cuts.get(timeout=PATIENCE)
+    first.client.disconnect()
+    first.client.close()
+    # The hub as the power cut would have left it: the success was never reported.
+    assert applied == [("done", {"x": 1}), ("slow", 5)]
+    applied.clear()
+    second = start(left, False)
+    device.wait_for({"slow": {"status": "Success", "value": 5}, "done": {"x": 1, "status": "Success"}})
+    second.client.close()
+    assert applied == [("slow", 5)]
+    # A restart with nothing pending applies nothing.
+    applied.clear()
+    third = start(left, False)
+    third.client.retrieve()
+    third.client.close()
+    assert applied == []
+
+
+def test_7_a_burst_of_threads_shares_writes_and_an_answer_costs_none(
+    make_app: MakeApp, device: Device, tmp_path: Path, mocker: MockerFixture
+) -> None:
+    replaced = mocker.spy(os, "replace")
+    app = make_app(device, store=store_in(tmp_path))
+    with app.client as client:
+        app.next_patch()
+        wait_until(lambda: store_in(tmp_path).exists(), "the first document to be kept")
+        wait_until(lambda: client._events.empty(), "the dispatcher to be done")
+        client.retrieve()
+        before = replaced.call_count
+        for n in range(5):
+            client.report({"n": n})
+            client.report({"n": n})  # changes nothing
+        client.retrieve()
+    assert replaced.call_count - before == 5
+
+
+def test_7_a_disk_that_is_full_is_told_once_and_written_later(
+    make_app: MakeApp, device: Device, tmp_path: Path, mocker: MockerFixture
+) -> None:
+    path = store_in(tmp_path)
+    app = make_app(device, store=path)
+    full = mocker.patch("os.replace", side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    app.client.connect()
+    assert app.next_patch() == {"telemetryInterval": 30}
+    for n in range(3):
+        assert app.client.report({"n": n}) == n + 2
+    assert app.client.report({"m": 1}, wait=False).wait() == 5
+    error = app.next_error()
+    assert isinstance(error, StoreError)
+    assert f"{path} cannot be written: No space left on device" in str(error)
+    mocker.stop(full)
+    app.client.report({"n": 9})
+    assert kept_reports(path) == {"n": 9, "m": 1}
+    assert app.errors.empty()
+
+
+def test_7_a_damaged_store_is_told_and_the_client_starts_without(
+    make_app: MakeApp, device: Device, tmp_path: Path
+) -> None:
+    path = store_in(tmp_path)
+    path.write_text("{}")
+    app = make_app(device, store=path)
+    assert app.client.desired == {}
+    app.client.connect()
+    assert app.next_patch() == {"telemetryInterval": 30}
+    error = app.next_error()
+    assert isinstance(error, StoreError)
+    assert f"{path} is no store of twin_device; it is now {path}.corrupt" in str(error)
+
+
+def test_7_a_store_has_one_client_until_it_is_closed(
+    local_hub: LocalHub, make_app: MakeApp, device: Device, tmp_path: Path
+) -> None:
+    path = store_in(tmp_path)
+    other = local_hub.create_device("dev-2")
+    first = make_app(device, store=path)
+    with pytest.raises(LocalError, match="is used by another client"):
+        make_app(device, store=path)
+    with first.client:
+        first.next_patch()
+    with pytest.raises(
+        LocalError, match="belongs to sensor-temp-042 at localhost, not to dev-2 at localhost"
+    ):
+        make_app(other, store=path)
+    make_app(device, store=path).client.connect()
+
+
+def test_7_a_with_that_fails_gives_the_file_back(
+    local_hub: LocalHub, make_app: MakeApp, device: Device, tmp_path: Path
+) -> None:
+    device.disable()
+    app = make_app(device, store=store_in(tmp_path))
+    with pytest.raises(ConnectRefused), app.client:
+        pass
+    device.enable()
+    with make_app(device, store=store_in(tmp_path)).client as client:
+        assert client.report({"a": 1}) == 2
+
+
+def test_7_a_store_that_cannot_be_is_refused_before_any_connection(
+    make_app: MakeApp, device: Device, tmp_path: Path
+) -> None:
+    with pytest.raises(LocalError, match="there is no folder"):
+        make_app(device, store=tmp_path / "nowhere" / "twin.json")
+    assert device.connections == 0
+
+
+def test_7_no_secret_is_kept(make_app: MakeApp, device: Device, tmp_path: Path) -> None:
+    app = make_app(device, store=store_in(tmp_path))
+    with app.client as client:
+        client.report({"a": 1})
+    key = device.connection_string.rpartition("SharedAccessKey=")[2]
+    for file in tmp_path.iterdir():
+        text = file.read_text()
+        assert key not in text
+        assert "sig=" not in text
+    assert "sensor-temp-042" in store_in(tmp_path).read_text()
+
+
+def test_7_the_store_is_brought_in_only_where_it_is_asked_for() -> None:
+    program = (
+        "from twin_device import TwinClient; import sys\n"
+        "TwinClient('h.azure-devices.net', 'd', key='AAAA')\n"
+        "print('twin_device.store' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+REPORTER = """
+import itertools, os, sys, threading
+from twin_device import TwinClient
+client = TwinClient.from_connection_string(sys.argv[1], ca_file=sys.argv[2], store=sys.argv[3], timeout=10)
+client.connect()
+def run(name):
+    for n in itertools.count(1):
+        client.report({name: n}, wait=n % 5 == 0)
+        os.write(1, f"{name} {n}\\n".encode())  # whole, whoever else writes
+for name in "abcd":
+    threading.Thread(target=run, args=(name,), daemon=True).start()
+threading.Event().wait(60)
+"""
+
+
+def test_7_kill_9_during_many_reports_loses_none_that_was_accepted(
+    local_hub: LocalHub, make_app: MakeApp, device: Device, tmp_path: Path
+) -> None:
+    path = store_in(tmp_path)
+    for round_ in range(3):
+        told: dict[str, int] = {}
+        command = [sys.executable, "-c", REPORTER, device.connection_string, local_hub.ca_file, str(path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            lines = [process.stdout.readline() for _ in range(150 + 90 * round_)]
+            process.kill()
+            lines += process.stdout.read().splitlines()
+        for line in lines:
+            name, number = line.split()
+            told[name] = int(number)
+        kept = kept_reports(path)
+        for name, last in told.items():
+            assert last <= kept[name] <= last + 1
+        app = make_app(device, store=path)
+        with app.client:
+            device.wait_for(kept)
+        assert device.reported == kept
+        assert app.errors.empty()

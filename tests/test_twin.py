@@ -41,6 +41,7 @@ from twin_device.core.twin import (
     Subscribe,
     Twin,
 )
+from twin_device.store import Kept, _is_unchanged
 
 SECOND = 1000
 MINUTE = 60 * SECOND
@@ -2561,3 +2562,111 @@ def test_a_second_process_goes_on_from_what_the_store_kept(seed):
     second.misbehave(150)
     second.recover()
     assert same_json(second.hub.reported, second.wanted())
+
+
+class Storing(World):
+    """Its shell writes down what a store keeps, and only what the store finds worth a write."""
+
+    file = Kept({}, None, [])
+
+    def take(self, outputs):
+        super().take(outputs)
+        kept = Kept(self.desired, self.twin.reported, self.twin.unanswered)
+        if not _is_unchanged(self.file, kept):
+            content = json.loads(json.dumps(kept))
+            self.file = Kept(*content[:2], [tuple(report) for report in content[2]])
+
+    def cut_off(self, seed):
+        """The power goes; the next run finds this hub and this file."""
+        desired, reported, reports = self.file
+        after = Storing(
+            seed, self.faults, desired=desired, reported=reported, reports=reports, request_id=seed * 10**6
+        )
+        after.hub, after.file = self.hub, self.file
+        after.desired = copy.deepcopy(desired)
+        guilty = {ticket for ticket, patch in self.order if "bad" in patch}
+        for number, (ticket, patch) in enumerate(self.order):
+            # Its tickets start over.
+            after.order.append((("before", number), patch))
+            ended = self.ended.get(ticket, "refused in the next run" if ticket in guilty else None)
+            after.ended["before", number] = ended
+        return after
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_7_power_cuts_lose_nothing_that_was_accepted(seed):
+    world = Storing(seed, 0.5)
+    for run in range(1, 6):
+        world.take(world.twin.start(0))
+        world.misbehave(run * 17)
+        world = world.cut_off(seed * 10 + run)
+    world.take(world.twin.start(0))
+    world.recover()
+    assert not world.twin.outstanding
+    assert same_json(world.hub.reported, world.wanted())
+    assert same_json(world.twin.reported, world.hub.reported)
+
+
+def test_7_a_report_of_an_earlier_run_has_no_ticket_and_fails_as_nobodys():
+    bench = Bench(reports=[({"a": 1}, None, False), ({"b": 1}, None, True), ({"c": 1}, 9, True)])
+    assert bench.twin.outstanding
+    assert bench.twin.target == {"a": 1, "b": 1, "c": 1}
+    bench.synchronised()
+    assert bench.patch == {"a": 1}
+    assert bench.report({"d": 1}) == 1
+    bench.answer(204, 2)
+    assert bench.patch == {"b": 1}
+    bench.answer(400)
+    assert kinds(bench.out) == ["Failed", "report"]
+    assert (bench.patch, bench.when) == ({"c": 1}, 9)
+    bench.answer(412)
+    assert kinds(bench.out) == ["Failed", "report"]
+    assert bench.patch == {"d": 1}
+    assert bench.twin.statistics["rejected"] == 2
+
+
+# the hub's reported properties and version, what comes of a report {"n": 1} that was bound to version 4
+CUT_OFF = [
+    ("never sent", {"n": 0}, 4, "sent"),
+    ("answer lost", {"n": 1}, 5, "done"),
+    ("overtaken", {"n": 7}, 5, "refused"),
+]
+
+
+@pytest.mark.parametrize(
+    ("reported", "version", "fate"), [row[1:] for row in CUT_OFF], ids=[r[0] for r in CUT_OFF]
+)
+def test_7_a_conditional_report_may_have_been_sent_before_the_restart(reported, version, fate):
+    bench = Bench(reported={"n": 0}, reports=[({"n": 1}, 4, True)])
+    bench.synchronised(reported=reported, reported_version=version)
+    if fate == "sent":
+        assert (bench.patch, bench.when) == ({"n": 1}, 4)
+    elif fate == "done":
+        assert bench.sent is None
+        assert not bench.twin.outstanding
+        assert "Failed" not in kinds(bench.out)
+    else:
+        [error] = [output.error for output in bench.out if type(output) is Failed]
+        assert error.status == 412
+        # What the app last knew to be there is the target again.
+        assert bench.patch == {"n": 0}
+
+
+def test_7_a_report_sent_alone_and_merged_is_not_taken_back_first():
+    bench = Bench(reported={"n": 0}, reports=[({"n": 1}, None, True)])
+    bench.synchronised(reported={"n": 1}, reported_version=5)
+    assert bench.patch == {"n": 1}
+
+
+def test_7_what_is_unanswered_goes_to_the_next_run_in_order():
+    bench = Bench().synchronised(reported={"x": 1})
+    bench.report({"a": 1})
+    bench.report({"b": None})
+    bench.report({"c": 1}, version=3)
+    bench.report({"d": 1}, always=True)
+    assert bench.twin.unanswered == [
+        ({"a": 1}, None, False),
+        ({"b": None}, None, False),
+        ({"c": 1}, 3, True),
+        ({"d": 1}, None, True),
+    ]

@@ -21,7 +21,7 @@ import time
 import weakref
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
@@ -36,8 +36,12 @@ from .core.errors import (
     RemoteError,
     ReportTimeout,
     RetrieveTimeout,
+    StoreError,
     TwinError,
 )
+
+if TYPE_CHECKING:
+    from .store import Kept, Store
 
 Document = dict[str, Any]
 _Handler = TypeVar("_Handler", bound=Callable[..., object])
@@ -137,6 +141,14 @@ class TwinClient:
     it. product_info: told to the hub as DeviceClientType. model_id: the DTMI of IoT Plug and Play.
     token_lifetime: of the SAS token; it is replaced after four fifths.
 
+    store: a file in which the client goes on where an earlier run with this identity stopped, by power cut or
+    not. `desired` is known before there is a connection, and the first patch is the difference to it. A
+    report that was accepted is in the file before report() returns, and delivered by a later run if this one
+    cannot; a call of the on_desired handlers is in it after they returned, so that one cut short is made
+    again. The file is this client's until close(); LocalError if another client uses it, its folder cannot
+    be written, or it is another identity's. Damaged, it is set aside, and on_error gets a StoreError; so it
+    does, once, when the file cannot be written. Until it can be again, a restart goes back to what it holds.
+
     Handlers run one at a time and in order, in a thread of their own, and may call every method. An
     exception in one goes to the on_error handlers and stops nothing.
     """
@@ -158,6 +170,7 @@ class TwinClient:
         product_info: str = "",
         model_id: str | None = None,
         token_lifetime: float = 3600,
+        store: str | os.PathLike[str] | None = None,
     ) -> None:
         if not 1 <= keep_alive <= _MAX_KEEP_ALIVE:
             raise LocalError(f"keep_alive is from 1 to {_MAX_KEEP_ALIVE} seconds, not {keep_alive}")
@@ -189,9 +202,21 @@ class TwinClient:
         self._on_error: list[Callable[[Exception], object]] = []
         self._appliers: dict[str, Callable[[Any], object]] = {}
 
+        self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._store: Store | None = None
+        kept = None if store is None else self._open_store(store)
         self._twin = twin.Twin(
-            timeout=max(1, int(self._timeout * 1000 / 3)), request_id=random.randrange(1 << 16) << 16
+            timeout=max(1, int(self._timeout * 1000 / 3)),
+            request_id=random.randrange(1 << 16) << 16,
+            desired=kept and kept.desired,
+            reported=kept and kept.reported,
+            reports=kept and kept.reports,
         )
+        # What the handlers were last given whole.
+        self._given: Document = self._twin.desired
+        # What goes to the store in place of the core's queue, once that was given up at close.
+        self._left: list[Any] | None = None
+        self._store_failed = False
         self._settings = settings.Settings(self._twin)
         self._reports: dict[int, Report] = {}
         self._retrieves: dict[int, _Retrieve] = {}
@@ -204,7 +229,6 @@ class TwinClient:
         self._changed = threading.Condition(self._lock)
         self._network: _Network | None = None
         self._dispatcher: threading.Thread | None = None
-        self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def __repr__(self) -> str:
         return f"<TwinClient {self._credentials.client_id} at {self._where}, {self.state}>"
@@ -382,7 +406,8 @@ class TwinClient:
 
     def close(self) -> None:
         """Disconnect for good. While synchronised, first waits up to 5 seconds for reports on their way;
-        those that stay unanswered, and every other call that waits, end in NotConnected."""
+        those that stay unanswered, and every other call that waits, end in NotConnected. With a store, the
+        next run delivers them all the same."""
         deadline = time.monotonic() + min(self._timeout, _FLUSH)
         with self._lock:
             while self._twin.outstanding and self._twin.state != twin.OFFLINE:
@@ -391,11 +416,21 @@ class TwinClient:
             self._closed = True
         self.disconnect()
         with self._lock:
+            if self._left is None:
+                self._left = self._twin.unanswered
             self._perform(self._twin.abandon())
             self._changed.notify_all()
+        if self._store is not None:
+            self._close_store()
 
     def __enter__(self) -> "TwinClient":
-        self.connect()
+        try:
+            self.connect()
+        except BaseException:
+            # No __exit__ will come to give the file back.
+            if self._store is not None:
+                self.close()
+            raise
         return self
 
     def __exit__(
@@ -460,6 +495,8 @@ class TwinClient:
                 report = self._reports[ticket] = Report(self._timeout)
             report._watched = report._watched or wait
             self._perform(outputs)
+        if self._store is not None:
+            self._keep()
         return report.wait(timeout) if wait else report
 
     def retrieve(self, timeout: float | None = None) -> Document:
@@ -531,6 +568,9 @@ class TwinClient:
             report._end(output.version, output.error)
         if output.error is not None and (report is None or not report._watched) and not self._closed:
             self._events.put(twin.Failed(output.error))
+        elif output.error is not None and self._store is not None:
+            # What was refused is not to come again: the dispatcher looks at the store after every event.
+            self._events.put(output)
 
     def _failed(self, error: Exception) -> None:
         if isinstance(error, ConnectRefused):
@@ -539,6 +579,44 @@ class TwinClient:
             if self._waiting:
                 return
         self._events.put(twin.Failed(error))
+
+    # ------------------------------------------------------------------ the store
+
+    def _open_store(self, path: str | os.PathLike[str]) -> "Kept":
+        from .store import Store
+
+        self._store = store = Store(path, self._credentials.host, self._credentials.client_id)
+        if store.error is not None:
+            self._events.put(twin.Failed(store.error))
+        return store.found
+
+    def _keep(self) -> None:
+        """Have the store hold what is true now. Not with the lock held: a card may take seconds."""
+        try:
+            self._store.keep(self._take)  # type: ignore[union-attr]  # called where there is one
+        except StoreError as error:
+            if not self._store_failed:
+                self._store_failed = True
+                self._events.put(twin.Failed(error))
+        else:
+            self._store_failed = False
+
+    def _take(self) -> "Kept":
+        from .store import Kept
+
+        with self._lock:
+            reports = self._twin.unanswered if self._left is None else self._left
+            return Kept(self._given, self._twin.reported, reports)
+
+    def _close_store(self) -> None:
+        dispatcher = self._dispatcher
+        if dispatcher is threading.current_thread():
+            # A handler closes the client: its call is kept once it has returned.
+            return
+        if dispatcher is not None and dispatcher.ident is not None:
+            dispatcher.join(self._timeout)
+        self._keep()
+        self._store.close()  # type: ignore[union-attr]  # called where there is one
 
     # ------------------------------------------------------------------ the dispatcher thread
 
@@ -550,6 +628,8 @@ class TwinClient:
                     # Connected again meanwhile, by a handler: this thread goes on.
                     if self._network is None:
                         self._dispatcher = None
+                        if self._closed and self._store is not None:
+                            self._store.close()
                         return
             kind = type(event)
             if kind is twin.DesiredChanged:
@@ -558,6 +638,7 @@ class TwinClient:
                         on_desired(*_copied((event.patch, event.desired)))
                     except Exception as error:  # noqa: BLE001  # whatever an app raises goes to its error handlers
                         self._tell_error(error)
+                self._given = event.desired
             elif kind is twin.StateChanged:
                 for on_state in self._on_state:
                     try:
@@ -568,6 +649,8 @@ class TwinClient:
                 self._tell_error(event.error)
             elif kind is settings.Apply:
                 self._apply(event.name, event.value)
+            if self._store is not None:
+                self._keep()
 
     def _apply(self, name: str, value: Any) -> None:
         reason = None

@@ -10,6 +10,7 @@
      +- RetrieveRejected    the hub refused a retrieve: status, error_code, tracking_id
      +- RetrieveTimeout     no answer to a retrieve in time
      +- ConnectRefused      no connection: why, and whether trying again can help
+     +- StoreError          the store's file was damaged, or cannot be written; the client goes on
 
 Single inheritance only: MicroPython allows one native base class.
 """
@@ -49,8 +50,12 @@ class RemoteError(TwinError):
 
 
 class _Rejected(TwinError):
-    def __init__(self, what: str, status: int, error_code: object, tracking_id: object, message: object):
-        text = "the hub refused the " + what + " with status " + str(status)
+    _what = "report"
+
+    def __init__(
+        self, status: int, error_code: object = None, tracking_id: object = None, message: object = None
+    ) -> None:
+        text = "the hub refused the " + self._what + " with status " + str(status)
         if error_code is not None:
             text += ", errorCode " + str(error_code)
         if message:
@@ -69,11 +74,6 @@ class ReportRejected(_Rejected):
     status: int. error_code, tracking_id: as the hub gave them, None where it gave none.
     """
 
-    def __init__(
-        self, status: int, error_code: object = None, tracking_id: object = None, message: object = None
-    ) -> None:
-        super().__init__("report", status, error_code, tracking_id, message)
-
 
 class ReportTimeout(TwinError):
     """No answer to a report in time. The report stays gathered: it is sent again until it is answered."""
@@ -82,10 +82,7 @@ class ReportTimeout(TwinError):
 class RetrieveRejected(_Rejected):
     """The hub refused to give the twin. Attributes as for ReportRejected."""
 
-    def __init__(
-        self, status: int, error_code: object = None, tracking_id: object = None, message: object = None
-    ) -> None:
-        super().__init__("retrieve", status, error_code, tracking_id, message)
+    _what = "retrieve"
 
 
 class RetrieveTimeout(TwinError):
@@ -102,3 +99,8 @@ class ConnectRefused(TwinError):
     def __init__(self, why: str, can_retry: bool = True) -> None:
         super().__init__(why)
         self.can_retry = can_retry
+
+
+class StoreError(TwinError):
+    """The store's file was damaged and set aside, or cannot be written. The client goes on without it, and
+    tries again to write it with the next change."""

@@ -101,7 +101,8 @@ class Twin:
     resumed session does not look like an answer to this one.
     keep_reported: False keeps no copy of the reported properties (boards): reports that do not compose go
     out one after another, and one that changes nothing is sent all the same.
-    desired, reported: what a store kept of an earlier run; both are taken over, not copied.
+    desired, reported, reports: what a store kept of an earlier run (its `unanswered`); they are taken over,
+    not copied. reported without reports is the whole target.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class Twin:
         keep_reported: bool = True,
         desired: "dict[str, object] | None" = None,
         reported: "dict[str, object] | None" = None,
+        reports: "list[tuple[dict[str, object], int | None, bool]] | None" = None,
     ) -> None:
         self.state = OFFLINE
         self.desired: "dict[str, object]" = {} if desired is None else desired
@@ -165,7 +167,13 @@ class Twin:
         self._unsure = False
         self._report_at = 0
         self._report_tries = 0
-        self._queue: "list[_Part]" = []
+        # Nobody of this run waits for a report of an earlier one: it has no ticket.
+        self._queue = [_Part(patch, None, version, alone) for patch, version, alone in reports or []]
+        if self._queue and self._queue[0].alone:
+            # It may have been sent: the document tells, as after a lost connection.
+            self._queue[0].tries = 1
+            self._unsure = True
+            self._flight_patch = self._queue[0].patch
         # True once a document of this connection has told what the hub holds.
         self._known = False
         # True if a report was answered since the retrieve in flight was sent.
@@ -201,6 +209,12 @@ class Twin:
         for part in self._flight_parts + self._queue:
             target = merge(target, part.patch)
         return target
+
+    @property
+    def unanswered(self) -> "list[tuple[dict[str, object], int | None, bool]]":
+        """Every report not answered yet, in order: patch (shared: never to be changed), the version that it
+        is bound to, and whether it goes alone."""
+        return [(part.patch, part.version, part.alone) for part in self._flight_parts + self._queue]
 
     @property
     def outstanding(self) -> bool:
@@ -656,12 +670,11 @@ class Twin:
                     merged = False  # it would have moved the version
                     break
                 del self._queue[0]
-                if merged:
-                    out.append(Reported(part.ticket, version, None))
-                else:
-                    self._count("rejected")
+                if not merged:
                     error = ReportRejected(412, message="the reported version is " + str(version))
-                    out.append(Reported(part.ticket, None, error))
+                    self._end_refused(part, error, out)
+                elif part.ticket is not None:
+                    out.append(Reported(part.ticket, version, None))
         if before is not None:
             if merged:
                 before = merge(before, self._flight_patch)
@@ -813,11 +826,11 @@ class Twin:
                 part.alone = True
             self._queue = parts + self._queue
             return
+        self._end_refused(parts[0], error, out)
+
+    def _end_refused(self, part: _Part, error: ReportRejected, out: "list[object]") -> None:
         self._count("rejected")
-        if parts[0].ticket is None:
-            out.append(Failed(error))
-        else:
-            out.append(Reported(parts[0].ticket, None, error))
+        out.append(Failed(error) if part.ticket is None else Reported(part.ticket, None, error))
 
 
 def _read(payload: object) -> object:
