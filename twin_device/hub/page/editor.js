@@ -25,7 +25,7 @@ function draft() {
   return drafts.get(key);
 }
 
-/** Begin with another device. whenSent: awaited with the twin that the hub answered. */
+/** Begin with another device. whenSent: called when the twin is another one than was shown. */
 export function reset(deviceId, whenSent) {
   id = deviceId;
   twin = null;
@@ -97,12 +97,14 @@ async function send() {
     const answer = await ask(method, pathOf("twins", device), options);
     // Unless it was typed on meanwhile.
     if (current.text === text) current.typed = false;
+    current.etag = answer.etag;
+    current.version = answer.properties.desired.$version;
     if (device !== id) return;
     write(
       find("change-answer"),
       `Done. Desired has version ${answer.properties.desired.$version}, the twin version ${answer.version}.`,
     );
-    sent(answer);
+    sent();
   } catch (error) {
     if (device !== id) return;
     if (error instanceof NotJson) {
@@ -112,7 +114,7 @@ async function send() {
       const words = "The twin was changed by somebody else meanwhile; nothing was replaced.";
       refuse(`${words} The hub says: ${error.message}`);
       find("overwrite").hidden = false;
-      sent(null);
+      sent();
     } else {
       refuse(error.status ? `The hub refused it, ${error.status}: ${error.message}` : error.message);
     }

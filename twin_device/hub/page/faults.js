@@ -9,8 +9,10 @@ let kinds = new Map(); // by name: the elements of one
 let active = [];
 let entries = new Map(); // by id: the element of an active fault
 let poll = null;
+let events = 0;
 
 export async function load() {
+  const before = events;
   const answer = await ask("GET", "/local/faults");
   if (kinds.size === 0) {
     kinds = new Map(Object.entries(answer.kinds).map(([name, kind]) => [name, element(name, kind)]));
@@ -19,11 +21,17 @@ export async function load() {
       [...kinds.values()].map((kind) => kind.item),
     );
   }
-  show(answer.active);
+  // An event that came meanwhile may be newer than the answer.
+  if (events === before) show(answer.active);
 }
 
-/** What is active now, as the hub told. */
-export function show(found) {
+/** An event: what is active now. */
+export function happened(found) {
+  events += 1;
+  show(found);
+}
+
+function show(found) {
   for (const fault of found) {
     if (!active.some((one) => one.id === fault.id)) announce(`fault ${fault.kind} is set`);
   }

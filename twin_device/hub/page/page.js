@@ -68,7 +68,7 @@ async function opened() {
 }
 
 function happened(event) {
-  if (event.source === "faults") faults.show(event.body);
+  if (event.source === "faults") faults.happened(event.body);
   else if (devices.happened(event)) refresh();
 }
 
@@ -113,7 +113,7 @@ function choose(id) {
   devices.choose(id);
   faults.choose(id);
   twinView.reset();
-  editor.reset(id, (twin) => (twin ? show(twin) : refresh()));
+  editor.reset(id, refresh);
   for (const name of ["device-answer", "device-error", "method-error"]) write(find(name), "");
   find("method-answer").replaceChildren();
   find("device").hidden = true;
