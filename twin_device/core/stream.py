@@ -1,9 +1,10 @@
 """JSON in chunks, for boards: a document is read as it arrives, and only what is wanted of it is built.
 
 What is built is what patch.loads makes of the whole payload, less what is not wanted. It takes the memory of
-that, of one chunk and of one token. What is built is held to RFC 8259 on every runtime, but for unknown
-escapes, which are refused or taken as patch.loads does; of what is skipped only strings and brackets are
-looked at.
+that, of one chunk and of one token, if the garbage of one chunk does not lie between what is kept of the
+next: a board sets gc.threshold(8192) while it reads. What is built is held to RFC 8259 on every runtime, but
+for unknown escapes, which are refused or taken as patch.loads does; of what is skipped only strings and
+brackets are looked at.
 """
 
 from .patch import loads
@@ -217,9 +218,10 @@ class Reader:
             keep = ("$version",)
         else:
             handing = self._on_property is not None
-        if key == "$version" if keep is None and key.startswith("$") else keep is None or key in keep:
+        hidden = key.startswith("$") and key != "$version"
+        if not hidden if keep is None else key in keep:
             return True
-        if handing and not key.startswith("$"):
+        if handing and not hidden:
             return False
         self._names = None if handing or keep is None else [name.encode() for name in keep]
         self._open = 0
@@ -260,8 +262,8 @@ class Reader:
                     return quote
                 at = after
                 quote = find(b'"', at)
-                # Between most strings there is nothing but a colon or a comma.
-                if quote != at + 1:
+                # Between most strings there is but a colon or a comma; brackets are greater.
+                if quote != at + 1 or data[at] > 58:
                     break
 
 
