@@ -136,7 +136,8 @@ def visit(browser: Browser, tab: Page, hub: LocalHub) -> Iterator[Callable[..., 
 def page(visit: Callable[..., Page], device: Device) -> Page:
     """The page, with the device chosen."""
     page = visit()
-    choose(page, "dev")
+    page.evaluate("location.hash = '#device=dev'")
+    expect(page.get_by_role("heading", level=2, name="dev", exact=True)).to_be_visible()
     return page
 
 
