@@ -1081,6 +1081,7 @@ async def _connected(
     last: OSError | None = None
     found = await _addresses(host, port, end)
     for index, (family, kind, protocol, _, address) in enumerate(found):
+        await _turn()
         # No address may use up the time of those after it.
         deadline = time.monotonic() + max(0.0, end - time.monotonic()) / (len(found) - index)
         raw = socket.socket(family, kind, protocol)
@@ -1139,7 +1140,7 @@ async def _ready(watched: socket.socket, write: bool, deadline: float) -> None:
 
 
 # A step of a handshake takes a millisecond. When a fleet comes back all at once, its steps stand in line, one
-# in each round of the loop, so that those who are connected already do not wait for all of them.
+# in each round of the loop, so that whoever is connected already does not wait for all of them.
 _turns: "weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, deque[asyncio.Future[None]]]" = (
     weakref.WeakKeyDictionary()
 )
