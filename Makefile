@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench-hub clean
+.PHONY: demo test check bench-hub screenshot clean
 
 demo: .venv/installed
 	@$(BIN)/twin-device demo
@@ -27,6 +27,9 @@ bench-hub: .venv/installed
 .venv/checks: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[check]'
 	@touch $@
+
+screenshot: .venv/installed
+	$(BIN)/python -m tests.screenshot
 
 clean:
 	rm -rf .venv build dist *.egg-info
