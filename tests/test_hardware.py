@@ -34,7 +34,8 @@ def run(program: str, folder: Path, configuration: Any = CONFIGURATION) -> "subp
         text = configuration if isinstance(configuration, str) else json.dumps(configuration)
         (folder / "config.json").write_text(text)
     (folder / "program.py").write_text(program)
-    path = os.pathsep.join([str(ROOT / "tests" / "fakes"), str(HARDWARE / "boards"), ".frozen"])
+    fakes = ROOT / "tests" / "fakes"
+    path = os.pathsep.join([str(fakes), str(fakes / "app"), str(HARDWARE / "boards"), ".frozen"])
     return subprocess.run(
         [micropython(), "program.py"],
         capture_output=True,
@@ -214,6 +215,72 @@ print(machine.feeds)
         tmp_path,
     )
     assert lines == ["['made', 'fed', 'fed', 'fed']"]
+
+
+# What the back end desires, step by step; what the thermometer reports, but for its temperature.
+THERMOMETER: list[tuple[dict[str, Any], dict[str, Any], bool]] = [
+    ({}, {"telemetryInterval": 60, "led": False, "problem": None}, False),
+    (
+        {"telemetryInterval": 15, "led": True},
+        {"telemetryInterval": 15, "led": True, "problem": None},
+        True,
+    ),
+    (
+        {"telemetryInterval": 1, "led": True},
+        {
+            "telemetryInterval": 15,
+            "led": True,
+            "problem": "telemetryInterval is a whole number from 5 to 86400",
+        },
+        True,
+    ),
+    (
+        {"telemetryInterval": 20, "led": "blink"},
+        {"telemetryInterval": 20, "led": None, "problem": "led is true or false"},
+        True,
+    ),
+    ({"led": False}, {"telemetryInterval": 60, "led": False, "problem": None}, False),
+]
+
+
+@pytest.mark.parametrize(("board", "pin", "tenths"), [("esp32", 2, 250), ("pico_w", "LED", 276)])
+def test_the_thermometer_does_what_is_desired(tmp_path: Path, board: str, pin: Any, tenths: int) -> None:
+    main = (HARDWARE / board / "main.py").read_text()
+    steps = [desired for desired, _, _ in THERMOMETER]
+    # The back end comes in at the end of the first report.
+    program = f"""
+import asyncio, json, machine, online
+import twin_device
+steps = {steps!r}
+
+async def back_end(report, client, patch, wait):
+    await report(client, patch, wait)
+    if steps:
+        desired = steps.pop(0)
+        client.desire(desired, desired)
+        leds.append(machine.pins[{pin!r}])
+    else:
+        raise asyncio.CancelledError
+
+leds = []
+report = twin_device.TwinClient.report
+twin_device.TwinClient.report = lambda client, patch, wait=True: back_end(report, client, patch, wait)
+try:
+    exec({main!r})
+except asyncio.CancelledError:
+    pass
+client = twin_device.made[0]
+print(json.dumps([client.text, client.options["ca_file"], client.reports, leds, machine.feeds]))
+print(client.options["is_online"] is online.is_online)
+"""
+    configuration = {**CONFIGURATION, "caFile": "root.der", "watchdog": True}
+    *lines, online = played(program, tmp_path, configuration=configuration)
+    text, ca_file, reports, leds, feeds = json.loads(lines[-1])
+    assert (text, ca_file, online) == (CONFIGURATION["connectionString"], "root.der", "True")
+    assert [report.pop("temperature") for report in reports] == [tenths] * (len(THERMOMETER) + 1)
+    assert reports == [{}, *(reported for _, reported, _ in THERMOMETER)]
+    assert leds == [lit for _, _, lit in THERMOMETER]
+    assert feeds[0] == "made"
 
 
 def test_the_roots_are_the_ones_in_the_table() -> None:
