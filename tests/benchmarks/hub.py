@@ -343,6 +343,7 @@ async def measure(
 
 
 async def run(options: argparse.Namespace) -> Figures:
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     limit, too_low = raise_file_limit(options.devices)
     if too_low:
         raise Failed(too_low)
@@ -366,6 +367,8 @@ async def run(options: argparse.Namespace) -> Figures:
         "some": min(_SOME, options.devices),
         "python": platform.python_version(),
         "processors": os.cpu_count(),
+        # Processes that ran or waited to run, in the minute before: figures of a busy machine say little.
+        "load_before": busy,
         "open_files": limit,
         "broker": command and "mosquitto",
         "columns": columns,
@@ -429,7 +432,8 @@ def table(found: Figures) -> str:
         ]
     lines = [
         f"{found['devices']:,} devices, {found['seconds']:g} s a load, Python {found['python']}, "
-        f"{found['processors']} processors shared by all processes, over loopback.",
+        f"{found['processors']} processors shared by all processes, over loopback. Load average before: "
+        + ("?" if found["load_before"] is None else f"{found['load_before']:.1f}."),
         "",
         " " * 40 + "".join(f"{name:>21}" for name in names),
     ]
