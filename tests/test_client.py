@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -813,7 +814,7 @@ def store_in(folder: Path) -> Path:
 
 def as_it_is_now(path: Path) -> Path:
     """What a power cut at this moment would leave of the store, in a place of its own."""
-    copy = path.with_name(f"cut-{len(list(path.parent.iterdir()))}.json")
+    copy = Path(tempfile.mkdtemp(dir=path.parent)) / path.name
     if path.exists():
         copy.write_bytes(path.read_bytes())
     return copy
@@ -896,8 +897,9 @@ def test_7_a_twin_that_was_created_again_starts_its_versions_over(
     assert device.reported == {"a": {"b": 1}}
 
 
+@pytest.mark.parametrize("end", ["cut", "closed"])
 def test_7_what_was_accepted_offline_is_delivered_by_the_next_run(
-    make_app: MakeApp, device: Device, tmp_path: Path
+    make_app: MakeApp, device: Device, tmp_path: Path, end: str
 ) -> None:
     path = store_in(tmp_path)
     first = make_app(device, store=path)
@@ -906,18 +908,19 @@ def test_7_what_was_accepted_offline_is_delivered_by_the_next_run(
     assert kept_reports(path) == {"a": {"b": 1}, "gone": 1}
     first.client.report({"gone": None}, wait=False)
     report = first.client.report({"c": True}, wait=False)
-    cut = as_it_is_now(path)
+    left = as_it_is_now(path)
     first.client.close()
     with pytest.raises(NotConnected):
         report.wait()
-    # Cut or closed, it is the same.
-    for left in (cut, path):
+    if end == "closed":
+        left = path
+    for _ in range(2):
         app = make_app(device, store=left)
         with app.client:
             device.wait_for({"a": {"b": 1}, "c": True})
         assert device.reported == {"a": {"b": 1}, "c": True}
         assert app.errors.empty()
-    # The second run found the hub as it wants it.
+    # The third run found the hub as it wants it.
     assert reported_patches(device) == [{"a": {"b": 1}, "c": True}]
 
 
@@ -986,9 +989,9 @@ def test_7_a_call_that_was_cut_short_is_made_again(make_app: MakeApp, device: De
     wait_until(path.exists, "the call to be kept")
     after = as_it_is_now(path)
     app.client.close()
-    assert make_app(device, store=inside).client.desired == {}
     assert make_app(device, store=after).client.desired == {"telemetryInterval": 30}
-    again = make_app(device, store=inside.with_name("copy.json"))
+    again = make_app(device, store=inside)
+    assert again.client.desired == {}
     again.client.connect()
     assert again.next_patch() == {"telemetryInterval": 30}
 
@@ -1007,26 +1010,39 @@ def test_7_a_handler_that_raises_has_been_given_the_patch(
     assert make_app(device, store=store_in(tmp_path)).client.desired == {"telemetryInterval": 30}
 
 
+@pytest.mark.parametrize("twice", [False, True], ids=["in the handler", "elsewhere too"])
 def test_7_a_handler_that_closes_the_client_is_not_called_again(
-    make_app: MakeApp, device: Device, tmp_path: Path
+    make_app: MakeApp, device: Device, tmp_path: Path, twice: bool
 ) -> None:
     path = store_in(tmp_path)
     app = make_app(device, store=path)
-    app.client.report({"left": 1}, wait=False)
-    reports = []
+    inside, go_on = threading.Event(), threading.Event()
 
     @app.client.on_desired
     def reboot(patch: Any, desired: Any) -> None:
+        app.client.report({"left": 1}, wait=False)
         app.client.close()
-        reports.append(kept_reports(path))
+        inside.set()
+        assert go_on.wait(PATIENCE)
 
     app.client.connect(wait=False)
-    app.next_patch()
-    # The dispatcher gives the file back once the handler has returned; close() waits for it.
-    app.client.close()
-    again = make_app(device, store=path)
+    assert inside.wait(PATIENCE)
+    if twice:
+        closing = threading.Thread(target=app.client.close)
+        closing.start()
+        closing.join(0.2)
+        assert closing.is_alive(), "it waits for the handler"
+        go_on.set()
+        closing.join(PATIENCE)
+        again = make_app(device, store=path)
+    else:
+        with pytest.raises(LocalError, match="is used by another client"):
+            make_app(device, store=path)
+        go_on.set()
+        wait_until(lambda: not twin_threads(), "the handler's thread to end")
+        again = make_app(device, store=path)
     assert again.client.desired == {"telemetryInterval": 30}
-    assert reports[0]["left"] == 1
+    assert kept_reports(path) == {"left": 1}
 
 
 def test_7_settings_go_on_where_the_power_went(make_app: MakeApp, device: Device, tmp_path: Path) -> None:
@@ -1071,7 +1087,22 @@ def test_7_settings_go_on_where_the_power_went(make_app: MakeApp, device: Device
     assert applied == []
 
 
-def test_7_a_burst_of_threads_shares_writes_and_an_answer_costs_none(
+def test_7_a_restart_that_changes_nothing_writes_nothing(
+    make_app: MakeApp, device: Device, tmp_path: Path
+) -> None:
+    path = store_in(tmp_path)
+    with make_app(device, store=path).client as client:
+        client.report({"a": 1})
+    before = path.stat()
+    with make_app(device, store=path).client as client:
+        client.report({"a": 1})
+        client.retrieve()
+    after = path.stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert reported_patches(device) == [{"a": 1}]
+
+
+def test_7_a_report_costs_one_write_and_its_answer_none(
     make_app: MakeApp, device: Device, tmp_path: Path, mocker: MockerFixture
 ) -> None:
     replaced = mocker.spy(os, "replace")
@@ -1165,8 +1196,9 @@ def test_7_no_secret_is_kept(make_app: MakeApp, device: Device, tmp_path: Path) 
     with app.client as client:
         client.report({"a": 1})
     key = device.connection_string.rpartition("SharedAccessKey=")[2]
-    for file in tmp_path.iterdir():
-        text = file.read_text()
+    files = list(tmp_path.iterdir())
+    assert store_in(tmp_path) in files
+    for text in [file.read_text() for file in files]:
         assert key not in text
         assert "sig=" not in text
     assert "sensor-temp-042" in store_in(tmp_path).read_text()
@@ -1206,7 +1238,7 @@ def test_7_kill_9_during_many_reports_loses_none_that_was_accepted(
         command = [sys.executable, "-c", REPORTER, device.connection_string, local_hub.ca_file, str(path)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
-            lines = [process.stdout.readline() for _ in range(150 + 90 * round_)]
+            lines = [process.stdout.readline() for _ in range(250 + 100 * round_)]
             process.kill()
             lines += process.stdout.read().splitlines()
         for line in lines:

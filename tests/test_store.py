@@ -699,3 +699,44 @@ def test_a_signals_handler_in_the_middle_of_a_write_is_written_after_it(path: Pa
         store.keep(lambda: now[0])
     store.close()
     assert kept_in(path) == NEW
+
+
+def test_a_signals_handler_may_close_the_store_too(path: Path) -> None:
+    store = opened(path)
+    now = [OLD]
+
+    def interrupt(_count: int, name: str) -> None:
+        if name == "fsync" and now[0] is OLD:
+            now[0] = NEW
+            store.keep(lambda: now[0])
+            store.close()
+            with pytest.raises(LocalError, match="is used by another client"):
+                opened(path)
+
+    with Calls(interrupt).watching():
+        store.keep(lambda: now[0])
+    assert kept_in(path) == NEW
+
+
+@pytest.mark.parametrize("patience", [PATIENCE, 0.05])
+def test_a_closed_store_is_free_once_its_last_write_has_ended(
+    path: Path, monkeypatch: pytest.MonkeyPatch, patience: float
+) -> None:
+    monkeypatch.setattr(store_module, "_PATIENCE", patience)
+    store = opened(path)
+    gate = Gate()
+    with Calls(gate).watching():
+        first = threading.Thread(target=store.keep, args=(lambda: OLD,))
+        first.start()
+        assert gate.reached.wait(PATIENCE)
+        closing = threading.Thread(target=store.close)
+        closing.start()
+        if patience < 1:
+            closing.join(PATIENCE)
+        with pytest.raises(LocalError, match="is used by another client"):
+            opened(path)
+        gate.open.set()
+        for thread in (first, closing):
+            thread.join(PATIENCE)
+            assert not thread.is_alive()
+    assert kept_in(path) == OLD

@@ -414,6 +414,8 @@ class TwinClient:
                 if not self._changed.wait(deadline - time.monotonic()):
                     break
             self._closed = True
+            # Then nobody has waited for the dispatcher to end: a handler has disconnected the client.
+            unawaited = self._network is None
         self.disconnect()
         with self._lock:
             if self._left is None:
@@ -421,7 +423,7 @@ class TwinClient:
             self._perform(self._twin.abandon())
             self._changed.notify_all()
         if self._store is not None:
-            self._close_store()
+            self._close_store(self._timeout if unawaited else 0)
 
     def __enter__(self) -> "TwinClient":
         try:
@@ -608,13 +610,13 @@ class TwinClient:
             reports = self._twin.unanswered if self._left is None else self._left
             return Kept(self._given, self._twin.reported, reports)
 
-    def _close_store(self) -> None:
+    def _close_store(self, timeout: float) -> None:
         dispatcher = self._dispatcher
         if dispatcher is threading.current_thread():
             # A handler closes the client: its call is kept once it has returned.
             return
         if dispatcher is not None and dispatcher.ident is not None:
-            dispatcher.join(self._timeout)
+            dispatcher.join(timeout)
         self._keep()
         self._store.close()  # type: ignore[union-attr]  # called where there is one
 

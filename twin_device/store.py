@@ -71,7 +71,7 @@ class Store:
         self._identity = {"host": host, "device": client_id}
         self._written = NOTHING
         self._writing = threading.RLock()
-        self._busy = self._again = False
+        self._busy = self._again = self._closed = False
         descriptor = self._lock()
         self._unlock = weakref.finalize(self, os.close, descriptor)
         try:
@@ -82,8 +82,15 @@ class Store:
         self._written = self.found
 
     def close(self) -> None:
-        """Let another client use the file."""
-        self._unlock()
+        """Let another client use the file, once a write that is under way has ended."""
+        self._closed = True
+        # Too long: whoever writes lets go of the file.
+        if self._writing.acquire(timeout=_PATIENCE):
+            try:
+                if not self._busy:
+                    self._unlock()
+            finally:
+                self._writing.release()
 
     # ------------------------------------------------------------------ writing
 
@@ -92,11 +99,13 @@ class Store:
 
         When it returns, the file says what was true when it was called, or something newer: who calls while
         another thread writes waits, and finds its own change written by a third, or writes those of all who
-        wait. Callers hold no lock that take() needs.
+        wait. Callers hold no lock that take() needs. Closed, it does nothing.
         """
         if not self._writing.acquire(timeout=_PATIENCE):
             raise StoreError(f"store {self.path}: a write has not ended for {_PATIENCE:g} s")
         try:
+            if self._closed:
+                return
             self._again = True
             # A signal's handler has interrupted this very thread in its write, which goes on after it.
             if self._busy:
@@ -106,13 +115,15 @@ class Store:
                 while self._again:
                     self._again = False
                     kept = take()
-                    if self._unlock.alive and not _is_unchanged(self._written, kept):
+                    if not _is_unchanged(self._written, kept):
                         self._write(self._encode(kept))
                         self._written = kept
             except OSError as error:
                 raise StoreError(f"store {self.path} cannot be written: {error.strerror or error}") from error
             finally:
                 self._busy = False
+                if self._closed:
+                    self._unlock()
         finally:
             self._writing.release()
 
