@@ -349,6 +349,32 @@ def test_a_setting_may_be_applied_by_a_coroutine(make: MakeClient, device: Devic
     run(test())
 
 
+def test_a_setting_whose_handler_is_cut_short_is_applied_again(
+    make: MakeClient, device: Device, mocker: MockerFixture
+) -> None:
+    async def test() -> None:
+        mocker.patch.object(aio, "_FLUSH", 0.05)
+        client = make(device)
+        calls: list[Any] = []
+
+        @client.setting("telemetryInterval")
+        async def apply(value: Any) -> None:
+            calls.append(value)
+            if len(calls) == 1:
+                await asyncio.Event().wait()
+
+        await client.connect()
+        await until(lambda: calls, "it is being applied")
+        await client.disconnect()
+        await client.connect()
+        applied = {"value": 30, "status": "Success"}
+        await until(lambda: device.reported.get("telemetryInterval") == applied, "it is applied")
+        assert calls == [30, 30]
+        await client.close()
+
+    run(test())
+
+
 def test_states_are_told_in_order(make: MakeClient, device: Device) -> None:
     async def test() -> None:
         client = make(device)

@@ -791,14 +791,21 @@ class TwinClient:
                 elif kind is twin.Failed:
                     await self._tell_error(event.error)
                 elif kind is settings.Apply:
-                    error = await self._call(self._appliers[event.name], event.value)
-                    reason = None if error is None else str(error) or type(error).__name__
-                    self._perform(self._settings.applied(event.name, reason, _now()))
+                    await self._apply(event.name, event.value)
                 if self._events:
                     # Plain functions give nothing else a turn.
                     await asyncio.sleep(0)
         finally:
             self._dispatcher = None
+
+    async def _apply(self, name: str, value: Any) -> None:
+        # Of one that is cut short nobody knows what it did. It is called again after the next connect.
+        reason: str | None = "the handler was cancelled"
+        try:
+            error = await self._call(self._appliers[name], value)
+            reason = None if error is None else str(error) or type(error).__name__
+        finally:
+            self._perform(self._settings.applied(name, reason, _now()))
 
     async def _call(self, handler: Callable[..., object], *arguments: Any) -> BaseException | None:
         """Call a handler. What it raises goes to the error handlers, and is returned."""
