@@ -979,6 +979,17 @@ def test_7_what_the_hub_refused_does_not_come_again(
         wait_until(lambda: kept_reports(path) == {"good": 1}, "the refused report to leave the store")
 
 
+def test_7_an_answered_report_that_went_alone_does_not_come_again(
+    make_app: MakeApp, device: Device, tmp_path: Path
+) -> None:
+    path = store_in(tmp_path)
+    app = make_app(device, store=path)
+    app.client.connect()
+    for n, options in enumerate([{"version": 1}, {"always": True}], 2):
+        assert app.client.report({"a": 1}, **options) == n
+        wait_until(lambda: json.loads(path.read_bytes())["content"]["reports"] == [], "it to leave the store")
+
+
 def test_7_a_call_that_was_cut_short_is_made_again(make_app: MakeApp, device: Device, tmp_path: Path) -> None:
     path = store_in(tmp_path)
     app = make_app(device, store=path)

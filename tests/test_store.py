@@ -91,6 +91,7 @@ def test_a_link_stays_a_link(path: Path, tmp_path: Path) -> None:
     assert kept_in(tmp_path / "card" / "real.json") == OLD
 
 
+QUEUED = Kept({}, {}, [({"a": 1}, None, False), ({"b": 1}, 3, True)])
 FIRST = Kept({}, None, [({"a": 1}, None, False)])
 
 # before, after, whether it is worth a write
@@ -103,6 +104,7 @@ CHANGES: list[tuple[str, Kept, Kept, bool]] = [
     ("answered", Kept({}, {"a": 1}, [({"b": 1}, None, False)]), Kept({}, {"a": 1, "b": 1}, []), False),
     ("refused", Kept({}, {"a": 1}, [({"b": 1}, None, False)]), Kept({}, {"a": 1}, []), True),
     ("bound to a version", Kept({}, {"b": 1}, []), Kept({}, {"b": 1}, [({"b": 1}, 3, True)]), True),
+    ("answered before one that goes alone", QUEUED, Kept({}, {"a": 1}, [({"b": 1}, 3, True)]), True),
     ("hub not known yet", Kept({}, None, []), Kept({}, {}, []), True),
     ("null, hub not known", Kept({}, None, []), Kept({}, None, [({"a": None}, None, False)]), True),
     ("same, hub not known", FIRST, Kept({}, None, [({"a": 1}, None, False)]), False),

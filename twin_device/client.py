@@ -570,8 +570,9 @@ class TwinClient:
             report._end(output.version, output.error)
         if output.error is not None and (report is None or not report._watched) and not self._closed:
             self._events.put(twin.Failed(output.error))
-        elif output.error is not None and self._store is not None:
-            # What was refused is not to come again: the dispatcher looks at the store after every event.
+        elif self._store is not None:
+            # What was refused, or went alone, is not to come again: the dispatcher looks at the store after
+            # every event.
             self._events.put(output)
 
     def _failed(self, error: Exception) -> None:

@@ -281,8 +281,10 @@ def _is_unchanged(old: Kept, new: Kept) -> bool:
         return False
     if old.reported is None or new.reported is None:
         return old.reported is new.reported and _are_same(old.reports, new.reports)
-    alone = [[report for report in kept.reports if report[2]] for kept in (old, new)]
-    return _are_same(*alone) and same(_target(old), _target(new))
+    if any(alone for _, _, alone in old.reports + new.reports) and not _are_same(old.reports, new.reports):
+        # Where one stands in the queue says whether it may have been sent.
+        return False
+    return same(_target(old), _target(new))
 
 
 def _are_same(

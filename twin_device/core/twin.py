@@ -169,11 +169,14 @@ class Twin:
         self._report_tries = 0
         # Nobody of this run waits for a report of an earlier one: it has no ticket.
         self._queue = [_Part(patch, None, version, alone) for patch, version, alone in reports or []]
-        if self._queue and self._queue[0].alone:
-            # It may have been sent: the document tells, as after a lost connection.
-            self._queue[0].tries = 1
-            self._unsure = True
-            self._flight_patch = self._queue[0].patch
+        for part in self._queue:
+            if part.alone:
+                # It may have been sent: the document tells, as after a lost connection. What is before it
+                # needs no such care: of that only what the document lacks is sent.
+                part.tries = 1
+                self._unsure = True
+                self._flight_patch = part.patch
+                break
         # True once a document of this connection has told what the hub holds.
         self._known = False
         # True if a report was answered since the retrieve in flight was sent.
