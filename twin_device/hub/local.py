@@ -8,6 +8,7 @@ import copy
 import json
 import logging
 import socket
+import ssl
 import tempfile
 import threading
 import time
@@ -25,6 +26,7 @@ from .guard import Guard, Guards
 from .jobs import JobRefused, Jobs, invoked, method_of
 from .mqtt import Connection, Endpoint, MethodFailed, Packet, Session, Settings, Telemetry
 from .registry import Registry
+from .tls import Secured
 
 _T = TypeVar("_T")
 Document = dict[str, Any]
@@ -318,19 +320,35 @@ class LocalHub:
 
     async def _greet(self, raw: socket.socket, name: str) -> None:
         context = self._contexts[name]
+        loop = asyncio.get_running_loop()
         try:
-            await asyncio.get_running_loop().connect_accepted_socket(
-                self._connection if name in self._wanted else self._guarded,
-                raw,
-                ssl=context,
-                ssl_handshake_timeout=None if context is None else _HANDSHAKE_WITHIN,
-            )
+            if name in self._wanted and context is not None:
+                await self._secure(raw, context)
+            else:
+                await loop.connect_accepted_socket(
+                    self._connection if name in self._wanted else self._guarded,
+                    raw,
+                    ssl=context,
+                    ssl_handshake_timeout=None if context is None else _HANDSHAKE_WITHIN,
+                )
         except OSError as error:
             # Not our certificate to trust, or no TLS at all.
             _log.info("no TLS connection: %s", error)
             raw.close()
         except BaseException:
             raw.close()
+            raise
+
+    async def _secure(self, raw: socket.socket, context: ssl.SSLContext) -> None:
+        secured = Secured(context, Connection(self._endpoint), self._endpoint.inbox)
+        await asyncio.get_running_loop().connect_accepted_socket(lambda: secured, raw)
+        try:
+            await asyncio.wait_for(secured.done, _HANDSHAKE_WITHIN)
+        except asyncio.TimeoutError:
+            secured.abort()
+            raise ConnectionAbortedError("TLS handshake is taking too long") from None
+        except asyncio.CancelledError:
+            secured.abort()
             raise
 
     async def _shut_down(self, endpoints: dict[str, int | None]) -> None:
