@@ -782,6 +782,32 @@ def test_a_joined_patch_does_what_both_do(before: Any, first: Any, second: Any) 
     assert twins.merged(before, twins.joined(before, first, second)) == both
 
 
+# ---------------------------------------------------------------------- the size of what is reported
+
+LARGE = st.sampled_from([None, "", "x" * 3700, "x" * 4096])
+LARGE_PATCH = st.dictionaries(
+    st.sampled_from("abcdef"), LARGE | st.dictionaries(KEYS, LARGE, min_size=2), min_size=3
+)
+
+
+@pytest.mark.parametrize("rule", ["values", "text"])
+@settings(deadline=None)
+@given(patches=st.lists(LARGE_PATCH, max_size=12))
+def test_reports_are_refused_exactly_when_the_document_would_be_too_large(rule: str, patches: Any) -> None:
+    twin = twins.Twin(rules=twins.Rules(size_rule=rule))
+    held: twins.Document = {}
+    for patch in patches:
+        result = twins.merged(held, patch)
+        size = len(twins.encode(result)) if rule == "text" else twins.size(result)
+        if size > twins.MAX_SECTION:
+            with pytest.raises(twins.Invalid, match="size should be less"):
+                twin.patch_reported(twins.encode(patch), None)
+        else:
+            twin.patch_reported(twins.encode(patch), None)
+            held = result
+        assert twin.reported == held
+
+
 # ---------------------------------------------------------------------- starting over
 
 

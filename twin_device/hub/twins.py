@@ -69,6 +69,8 @@ class Twin:
     etag_counter: int = 1
     desired_metadata: Document = field(default_factory=lambda: {"$lastUpdated": now()})
     reported_metadata: Document = field(default_factory=lambda: {"$lastUpdated": now()})
+    # The reported properties are no larger than this; None: nobody has looked.
+    _reported_most: int | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def etag(self) -> str:
@@ -129,8 +131,11 @@ class Twin:
         if expected is not None and expected != self.reported_version:
             raise Invalid(412001, f"the reported properties have version {self.reported_version}")
         result = merged(self.reported, patch)
-        _check_size(result, "Properties.Reported", MAX_SECTION, self.rules)
-        self.reported = result
+        # A merge adds no more than the patch. Only a sum that is too large has the whole document measured.
+        most = None if self._reported_most is None else self._reported_most + _measure(patch, self.rules)
+        if most is None or most > MAX_SECTION:
+            most = _check_size(result, "Properties.Reported", MAX_SECTION, self.rules)
+        self.reported, self._reported_most = result, most
         self.reported_version += 1
         mark(self.reported_metadata, patch, {"$lastUpdated": now()})
         return patch
@@ -285,9 +290,16 @@ def check(document: Any, *, nulls: bool, rules: Rules = _DOCUMENTED) -> None:
             raise Invalid(400004, f"{type(value).__name__} is no JSON value. Error in Property/Tag {path}")
 
 
-def _check_size(document: Document, name: str, most: int, rules: Rules) -> None:
-    if (len(encode(document)) if rules.size_rule == "text" else size(document)) > most:
+def _measure(document: Document, rules: Rules) -> int:
+    return len(encode(document)) if rules.size_rule == "text" else size(document)
+
+
+def _check_size(document: Document, name: str, most: int, rules: Rules) -> int:
+    """How large it is; Invalid if that is too large."""
+    measured = _measure(document, rules)
+    if measured > most:
         raise Invalid(rules.size_code, f"'{name}' size should be less than {most} bytes.")
+    return measured
 
 
 def _check_key(key: Any, path: str, signs: str) -> None:
