@@ -3,10 +3,13 @@
 Only make_app is another one here; the tests are those of test_client and test_faults.
 """
 
+import random
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pytest_mock import MockerFixture
 
 from tests.aio_app import BlockingClient, LoopThread
 from tests.app import App
@@ -51,12 +54,15 @@ from tests.test_faults import (  # noqa: F401  # as above
     test_the_bodys_version_counts_and_the_topics_stands_in,
 )
 from tests.waiting import PATIENCE
+from twin_device import aio
 from twin_device.aio import TwinClient
 from twin_device.hub import Device, LocalHub
 
 
 @pytest.fixture
-def make_app(local_hub: LocalHub) -> Iterator[Callable[..., App]]:
+def make_app(local_hub: LocalHub, mocker: MockerFixture) -> Iterator[Callable[..., App]]:
+    # Chance spreads retries in time; here it keeps them short.
+    mocker.patch.object(aio, "random", SimpleNamespace(random=lambda: 0.02, randrange=random.randrange))
     loop = LoopThread()
     clients: list[Any] = []
 
