@@ -7,7 +7,7 @@ end, and there are only so many connections: a new one takes the place of the ol
 import asyncio
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 _log = logging.getLogger("twin_device.hub")
@@ -16,6 +16,13 @@ MAX_CONNECTIONS = 1000
 # Seconds: for a request, from its connection's beginning; and for a reader to take what was sent.
 REQUEST_WITHIN = 60.0
 WRITE_WITHIN = 60.0
+
+
+def abort(transport: asyncio.Transport) -> None:
+    """End a connection now."""
+    # A TLS transport that was closed twice has let go of its connection in Python 3.11.2, and fails here.
+    with suppress(AttributeError):
+        transport.abort()
 
 
 class Guards:
@@ -78,7 +85,7 @@ class Guard(asyncio.Protocol):
         if self._transport is not None:
             self._guards.leave(self._transport)
             # Python 3.10 takes a TLS transport that the peer has closed for one that leaks.
-            self._transport.abort()
+            abort(self._transport)
             self._transport = None
         self._inner.connection_lost(error)
 
@@ -104,4 +111,4 @@ class Guard(asyncio.Protocol):
             _log.info("a back end's connection ended: %s", why)
             # The loop tells connection_lost only later.
             self._guards.leave(self._transport)
-            self._transport.abort()
+            abort(self._transport)

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from aiohttp import WSMsgType, web
 
+from .guard import abort
 from .mqtt import MAX_PACKET, Connection, Endpoint
 from .problem import Problem
 
@@ -38,7 +39,7 @@ class _Transport:
 
     def abort(self) -> None:
         if self._raw is not None:
-            self._raw.abort()
+            abort(self._raw)
 
     async def send(self) -> None:
         """Send what is written, until close()."""
