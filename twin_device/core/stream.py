@@ -35,8 +35,8 @@ _WORDS = ((b"true", True), (b"false", False), (b"null", None))
 class Reader:
     """Reads one payload: feed() takes its chunks, end() gives the document.
 
-    twin: True for a retrieved twin: "desired" is read, and the `$version` of "reported". False for an object
-    that is such a section itself, as a desired notification is.
+    twin: True for a retrieved twin: "desired" is read, and the `$version` of "reported"; with reported=True
+    all of "reported". False for an object that is such a section itself, as a desired notification is.
     keep: the names of the properties that are built (tuple of str), None for all of them. Beside them
     `$version` is, and no other name with `$`.
     on_property: called with the path (tuple of str) and the value of every property that keep leaves out, as
@@ -48,9 +48,14 @@ class Reader:
     """
 
     def __init__(
-        self, twin: bool = False, keep: "tuple[str, ...] | None" = None, on_property: object = None
+        self,
+        twin: bool = False,
+        keep: "tuple[str, ...] | None" = None,
+        on_property: object = None,
+        reported: bool = False,
     ) -> None:
         self._sections = 2 if twin else 1  # how deep the properties lie
+        self._reported = reported
         self._keep = None if keep is None else keep + ("$version",)
         self._on_property = on_property
         self._size = 0
@@ -215,7 +220,7 @@ class Reader:
         if len(stack) < self._sections:
             keep = ("desired", "reported")
         elif self._sections == 2 and stack[1][1] == "reported":
-            keep = ("$version",)
+            keep = None if self._reported else ("$version",)
         else:
             handing = self._on_property is not None
         hidden = key.startswith("$") and key != "$version"

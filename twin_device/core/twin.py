@@ -367,8 +367,8 @@ class Twin:
         """A PUBLISH of the hub. Foreign topics, and answers that nobody waits for, change nothing.
 
         payload: its bytes; or, where the shell reads in chunks, the document of the Reader, which is the
-        machine's from then on, or b"" if there is none. Of the reported properties a Reader's twin has but
-        the version: it is for a machine that keeps none.
+        machine's from then on, or b"" if there is none. A machine that keeps the reported properties needs
+        a Reader that reads them.
         """
         out: "list[object]" = []
         where = parse(topic)

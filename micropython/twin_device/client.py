@@ -1,0 +1,852 @@
+"""TwinClient for boards: asyncio, one connection, the twin read as it arrives.
+
+    async with TwinClient.from_connection_string(text, ca_file="root.der") as client:
+        await client.report({"batteryLevel": 55})
+
+A client that is connected has three tasks: one reads, one looks at the clock once a second, one calls the
+handlers. TLS always checks the hub's certificate and name; a board has no trust store and, at first, no
+right time, so it is told a CA and refuses to dial while its clock is unset. Wi-Fi is none of its business.
+"""
+
+import asyncio
+import gc
+import random
+import time
+
+from .core.credentials import Credentials, connection_string_fields, decode_key
+from .core.errors import (
+    ConnectRefused,
+    LocalError,
+    NotConnected,
+    RemoteError,
+    ReportTimeout,
+    RetrieveTimeout,
+    TwinError,
+)
+from .core.patch import diff
+from .core.stream import Reader
+from .core.twin import (
+    OFFLINE,
+    SYNCHRONISED,
+    Connect,
+    DesiredChanged,
+    Disconnect,
+    Failed,
+    Publish,
+    Reported,
+    Retrieved,
+    StateChanged,
+    Subscribe,
+    Twin,
+)
+from .mqtt import (
+    CONNACK,
+    DISCONNECT,
+    PINGREQ,
+    PINGRESP,
+    SUBACK,
+    Receiver,
+    connect,
+    following,
+    puback,
+    publish,
+    subscribe,
+)
+
+const = int  # MicroPython's compiler puts the numbers in place of the names
+
+_MAX_KEEP_ALIVE = const(1177)  # the hub's own limit
+_FLUSH = const(5000)  # milliseconds that close() waits for reports on their way
+_LEAST_YEAR = const(2024)  # boards begin in 2000 or 2021
+_MAX_EVENTS = const(16)  # of each kind, for handlers that do not keep up
+_MAX_BACKLOG = const(65536)  # bytes that a connection does not take
+_JOINED = const(512)  # bytes: a payload up to this is sent in one write with its head
+_LOADING = const(8192)  # gc.threshold while a twin is read: its parts lie close together then
+_VERSION = "0.1.0"
+_WHATEVER = DesiredChanged(None, None)  # up to the newest desired properties
+
+
+class Report:
+    """A report on its way to the hub. Reports that left in one patch may be one and the same Report."""
+
+    def __init__(self, timeout: float) -> None:
+        self.done = False  # the hub has answered, or the client was closed
+        self._timeout = timeout
+        self._ended = asyncio.Event()
+        self._watched = False
+
+    async def wait(self, timeout: "float | None" = None) -> "int | None":
+        """Wait for the hub's answer; at most timeout seconds, None for the client's own.
+
+        Returns the reported `$version` after it. Raises ReportRejected, ReportTimeout (it stays on its
+        way), or NotConnected if the client was closed before.
+        """
+        self._watched = True
+        if not await _within(self._ended, self._timeout if timeout is None else timeout):
+            raise ReportTimeout("the hub has not answered in time; the report is still on its way")
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+    def _end(self, result: object, error: "TwinError | None") -> None:
+        self._result = result
+        self._error = error
+        self.done = True
+        self._ended.set()
+
+
+class TwinClient:
+    """One device's or module's twin. Options as on CPython, times in seconds; what only boards have:
+
+    ca_file: path of the CA's certificate (DER; PEM where the firmware reads it), or a tuple of paths; needed
+    with tls. is_online: called without arguments before dialling and once a second; while it returns False
+    nothing is dialled. keep: names of the properties that are kept (tuple of str), None for all of the
+    desired ones; on_property(path, value): called for each desired property that keep leaves out, while a
+    document or a notification is read. keep_reported: whether the reported properties are kept, too; None
+    for True if a setting is declared before the client is first used. Without them a report that changes
+    nothing is sent all the same, and what a hub loses of them is not restored.
+    store: path of a file, or one of store.py's stores.
+
+    Handlers may be coroutines, and may call and await every method. `desired` and what handlers are given is
+    the client's own, not a copy: it is read, never changed.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        device_id: str,
+        *,
+        module_id: "str | None" = None,
+        key: "str | bytes",
+        gateway: "str | None" = None,
+        policy: "str | None" = None,
+        port: int = 8883,
+        ca_file: "str | tuple[str, ...] | None" = None,
+        tls: bool = True,
+        keep_alive: int = 60,
+        timeout: float = 60,
+        product_info: str = "",
+        model_id: "str | None" = None,
+        token_lifetime: int = 3600,
+        store: object = None,
+        keep: "tuple[str, ...] | None" = None,
+        on_property: object = None,
+        keep_reported: "bool | None" = None,
+        is_online: object = None,
+    ) -> None:
+        if not 1 <= keep_alive <= _MAX_KEEP_ALIVE:
+            raise LocalError("keep_alive is from 1 to 1177 seconds")
+        if timeout <= 0 or token_lifetime <= 0:
+            raise LocalError("timeout and token_lifetime are positive numbers of seconds")
+        if tls and not ca_file:
+            raise LocalError("ca_file is missing: a board has no trust store of its own")
+        if isinstance(key, str):
+            key = decode_key(key)
+        self._credentials = Credentials(host, device_id, module_id, key, gateway, policy=policy)
+        if port == 8883:
+            port = self._credentials.port or (8883 if tls else 1883)
+        self._port = port
+        self._ca_files = (ca_file,) if isinstance(ca_file, str) else ca_file
+        self._context = None
+        self._tls = tls
+        self._keep_alive = keep_alive
+        self._timeout = timeout
+        self._user_name = self._credentials.user_name(
+            product_info or "twin-device-micropython/" + _VERSION, model_id
+        )
+        self._token_lifetime = int(token_lifetime)
+        self._store = store
+        self._keep = keep
+        self._on_property = on_property
+        self._keep_reported = keep_reported
+        self._is_online = is_online
+        self._handlers = {"desired": [], "state": [], "error": []}
+        self._settings = None
+        self._appliers = {}
+        self._twin = None
+        self._waits = {}  # by ticket: who waits for the end of a report or retrieve
+        self._events = []
+        self._event = asyncio.Event()
+        self._progress = asyncio.Event()
+        self._refused = None
+        self._waiting = 0
+        self._link = None
+        self._offline = False  # a dial waits for is_online
+        self._watcher = None
+        self._dispatcher = None
+        self._closed = False
+        self._ticks = time.ticks_ms()
+        self._now = 0
+
+    @classmethod
+    def from_connection_string(cls, text: str, **options: object) -> "TwinClient":
+        """The client of a device's or module's connection string. LocalError names the malformed part."""
+        options.update(connection_string_fields(text))
+        return cls(**options)
+
+    # ------------------------------------------------------------------ what the app knows
+
+    @property
+    def state(self) -> str:
+        """ "offline", "subscribing", "retrieving" or "synchronised"."""
+        return self._core().state
+
+    @property
+    def desired(self) -> "dict[str, object]":
+        """The desired properties as last known, less what is not kept. Not to be changed."""
+        return self._core().desired
+
+    @property
+    def reported(self) -> "dict[str, object]":
+        """The reported properties that the hub is known to hold, {} if they are not kept. Read only."""
+        return self._core().reported or {}
+
+    @property
+    def desired_version(self) -> "int | None":
+        """`$version` of the desired properties; None before the first synchronisation."""
+        return self._core().desired_version
+
+    @property
+    def reported_version(self) -> "int | None":
+        """`$version` of the reported properties; None before the first synchronisation."""
+        return self._core().reported_version
+
+    @property
+    def statistics(self) -> "dict[str, object]":
+        """Counts since the client was made, and last_error; as on CPython."""
+        return dict(self._core().statistics)
+
+    # ------------------------------------------------------------------ handlers
+
+    def on_desired(self, handler: object) -> object:
+        """Have handler(patch, desired) called at every change, after a connect with the whole difference."""
+        self._handlers["desired"].append(handler)
+        return handler
+
+    def on_state(self, handler: object) -> object:
+        """Have handler(old, new) called at every change of `state`."""
+        self._handlers["state"].append(handler)
+        return handler
+
+    def on_error(self, handler: object) -> object:
+        """Have handler(error) called for errors that belong to no call of the app."""
+        self._handlers["error"].append(handler)
+        return handler
+
+    def setting(self, name: str, *, shape: str = "document") -> object:
+        """Make a desired property a setting, as on CPython.
+
+        LocalError: the reported properties are not kept, or the property is not.
+        """
+        from .core.settings import Settings
+
+        if self._keep_reported is None and self._twin is None:
+            self._keep_reported = True
+        if not self._keep_reported:
+            raise LocalError(
+                "a setting needs keep_reported=True, or to be declared before the client is used"
+            )
+        if self._keep is not None and name.split(".")[0] not in self._keep:
+            raise LocalError("the setting " + name + " is not among the properties that are kept")
+
+        def declare(apply: object) -> object:
+            core = self._core()
+            if self._settings is None:
+                self._settings = Settings(core)
+            self._settings.declare(name, shape)
+            self._appliers[name] = apply
+            self._perform(self._settings.declared(name, self._clock()))
+            return apply
+
+        return declare
+
+    # ------------------------------------------------------------------ connecting
+
+    async def connect(self, *, wait: bool = True, timeout: "float | None" = None) -> None:
+        """Connect, subscribe and retrieve; from then on the client reconnects by itself.
+
+        Returns once synchronised, or with wait=False at once. Raises ConnectRefused if the hub refuses the
+        credentials or is not who it should be, if the clock is unset, or if there is no connection after
+        timeout seconds; the client is disconnected again then. LocalError: a bad ca_file.
+        """
+        if self._closed:
+            raise NotConnected("this client is closed; make a new one")
+        core = self._core()
+        if self._tls and self._context is None:
+            self._context = _tls_context(self._ca_files)
+        if self._watcher is None:
+            self._refused = None
+            self._watcher = asyncio.create_task(self._watch())
+            if self._dispatcher is None:
+                self._dispatcher = asyncio.create_task(self._dispatch())
+            self._perform(core.start(self._clock()))
+        if not wait:
+            return
+        end = self._clock() + int(1000 * (self._timeout if timeout is None else timeout))
+        self._waiting += 1
+        try:
+            while core.state != SYNCHRONISED:
+                if self._refused is not None:
+                    raise self._refused
+                if self._watcher is None:
+                    raise NotConnected("the client was disconnected while it connected")
+                left = end - self._clock()
+                if left <= 0:
+                    why = core.statistics["last_error"] or "it is still " + core.state
+                    raise ConnectRefused(
+                        "not synchronised with " + self._credentials.dialled + " in time: " + why
+                    )
+                self._progress.clear()
+                await _within(self._progress, left / 1000)
+        except BaseException:
+            await self.disconnect()
+            raise
+        finally:
+            self._waiting -= 1
+
+    async def disconnect(self) -> None:
+        """End the connection and the client's tasks. What is gathered stays, for the next connect()."""
+        watcher, self._watcher = self._watcher, None
+        if watcher is None:
+            return
+        self._perform(self._twin.stop())
+        watcher.cancel()
+        self._progress.set()
+        self._event.set()
+        # A handler may disconnect: the task that has called it goes on when it has returned.
+        if self._dispatcher is not None and self._dispatcher is not asyncio.current_task():
+            await _within(self._dispatcher, _FLUSH / 1000)
+            self._dispatcher = None
+
+    async def close(self) -> None:
+        """Disconnect for good. While connected, first waits up to 5 seconds for reports on their way; those
+        that stay unanswered, and every other call that waits, end in NotConnected. With a store, the next
+        run delivers them all the same."""
+        core = self._core()
+        end = self._clock() + _FLUSH
+        while core.outstanding and core.state != OFFLINE and self._clock() < end:
+            self._progress.clear()
+            await _within(self._progress, 1)
+        self._closed = True
+        await self.disconnect()
+        self._save(True)
+        self._perform(core.abandon())
+
+    async def __aenter__(self) -> "TwinClient":
+        await self.connect()
+        return self
+
+    async def __aexit__(self, kind: object, error: object, trace: object) -> None:
+        await self.close()
+
+    async def run(self) -> None:
+        """Connect, however long it takes, and return once the client is closed: asyncio.run(client.run())."""
+        await self.connect(wait=False)
+        try:
+            while self._watcher is not None:
+                self._progress.clear()
+                await self._progress.wait()
+        finally:
+            await self.close()
+
+    # ------------------------------------------------------------------ reporting and retrieving
+
+    async def report(
+        self,
+        patch: "dict[str, object]",
+        *,
+        wait: bool = True,
+        timeout: "float | None" = None,
+        version: "int | None" = None,
+        always: bool = False,
+    ) -> object:
+        """Bring a merge patch of the reported properties to the hub (None removes a key).
+
+        wait=True: returns the reported `$version` after it; raises as Report.wait. wait=False: returns a
+        Report at once, also while offline. What is reported meanwhile leaves as one patch. version: the
+        reported version that the hub must be at. PatchError: the hub would refuse it; it names the path.
+        """
+        if self._closed:
+            raise NotConnected("this client is closed; make a new one")
+        if wait and self._watcher is None:
+            raise NotConnected("not connected: call connect() first, or report with wait=False")
+        ticket, outputs = self._core().report(patch, self._clock(), version, always)
+        report = self._waits.get(ticket)
+        if report is None:
+            report = self._waits[ticket] = Report(self._timeout)
+        self._perform(outputs)
+        self._save()
+        return await report.wait(timeout) if wait else report
+
+    async def retrieve(self, timeout: "float | None" = None) -> "dict[str, object]":
+        """Ask the hub for the twin now: {"desired": ..., "reported": ...}, less what is not kept.
+
+        Raises RetrieveTimeout, RetrieveRejected, or NotConnected.
+        """
+        if self._watcher is None:
+            raise NotConnected("not connected: call connect() first")
+        ticket, outputs = self._core().retrieve(self._clock())
+        retrieve = self._waits[ticket] = Report(self._timeout)
+        self._perform(outputs)
+        try:
+            return await retrieve.wait(timeout)
+        except ReportTimeout:
+            raise RetrieveTimeout("the hub has not answered in time")
+        finally:
+            self._waits.pop(ticket, None)
+
+    # ------------------------------------------------------------------ performing outputs
+
+    def _core(self) -> Twin:
+        if self._twin is None:
+            found = (None, None, None)
+            if isinstance(self._store, str):
+                from .store import FileStore
+
+                self._store = FileStore(self._store)
+            if self._store is not None:
+                found, error = self._store.load(self._credentials.host + "/" + self._credentials.client_id)
+                if error is not None:
+                    self._tell(Failed(error))
+            self._twin = Twin(
+                timeout=int(self._timeout * 1000 / 3),
+                request_id=random.getrandbits(16) << 16,
+                keep_reported=bool(self._keep_reported),
+                desired=found[0],
+                reported=found[1],
+                reports=found[2],
+            )
+            self._given = self._twin.desired
+        return self._twin
+
+    def _clock(self) -> int:
+        """Milliseconds that only go forward; ticks_ms starts over after 12 days."""
+        ticks = time.ticks_ms()
+        self._now += time.ticks_diff(ticks, self._ticks)
+        self._ticks = ticks
+        return self._now
+
+    def _perform(self, outputs: "list[object]") -> None:
+        if self._settings is not None:
+            outputs = outputs + self._settings.observe(outputs, self._clock())
+        for output in outputs:
+            kind = type(output)
+            if kind is Publish:
+                self._link.publish(output.topic, output.payload)
+            elif kind is Reported or kind is Retrieved:
+                waiting = self._waits.pop(output.ticket, None)
+                if waiting is not None:
+                    waiting._end(output[1], output.error)
+                if kind is Reported:
+                    self._save()
+                    if output.error is not None and not self._closed and not (waiting and waiting._watched):
+                        self._tell(Failed(output.error))
+                self._progress.set()
+            elif kind is Connect:
+                self._offline = True
+                self._dial()
+            elif kind is Subscribe:
+                self._link.subscribe(output.filters)
+            elif kind is Disconnect:
+                self._offline = False
+                if self._link is not None:
+                    self._link.end()
+                    self._link = None
+            else:
+                if kind is StateChanged:
+                    if output.new == SYNCHRONISED:
+                        self._refused = None
+                    self._progress.set()
+                elif kind is Failed and isinstance(output.error, ConnectRefused):
+                    self._refused = output.error
+                    self._progress.set()
+                    if self._waiting:
+                        continue
+                self._tell(output)
+
+    def _dial(self) -> None:
+        if self._offline and (self._is_online is None or self._is_online()):
+            self._offline = False
+            self._link = _Link(self)
+
+    def _lost(self, link: "_Link", error: TwinError) -> None:
+        if link is self._link:
+            self._link = None
+            self._perform(self._twin.disconnected(self._clock(), random.random(), error))
+
+    def _save(self, now: bool = False) -> None:
+        if self._store is not None:
+            core = self._twin
+            error = self._store.keep(self._given, core.reported, core.unanswered, self._clock(), now)
+            if error is not None:
+                self._tell(Failed(error))
+
+    async def _watch(self) -> None:
+        while True:
+            wait = 1000
+            try:
+                wait = self._look()
+                self._save()
+            except Exception as error:
+                # Of is_online, or a bug: neither may leave the client without a clock.
+                self._tell(Failed(error))
+            await asyncio.sleep_ms(wait)
+
+    def _look(self) -> int:
+        """Do what is due; milliseconds until something else is."""
+        now = self._clock()
+        core = self._twin
+        link = self._link
+        if self._offline:
+            # No wait of the core's counts while there is no network.
+            self._dial()
+            return 1000
+        if link is not None:
+            if self._is_online is not None and not self._is_online():
+                link.end()
+                self._lost(link, RemoteError("the network is gone"))
+            else:
+                link.watch(now)
+        deadline = core.deadline
+        if deadline is not None and now >= deadline:
+            self._perform(core.tick(now, random.random()))
+            deadline = core.deadline
+        return 1000 if deadline is None else min(1000, max(0, deadline - now))
+
+    # ------------------------------------------------------------------ calling handlers
+
+    def _tell(self, event: object) -> None:
+        events = self._events
+        kind = type(event)
+        if kind is not DesiredChanged and kind is not StateChanged and kind is not Failed:
+            # One for each setting at the most.
+            kind = None
+        alike = [index for index, waiting in enumerate(events) if type(waiting) is kind]
+        if len(alike) >= _MAX_EVENTS:
+            if kind is DesiredChanged:
+                # The app gets one difference for this and all that follow.
+                events[alike[-1]] = _WHATEVER
+                return
+            del events[alike[0]]
+        events.append(event)
+        self._event.set()
+
+    async def _dispatch(self) -> None:
+        while True:
+            while self._events:
+                event = self._events.pop(0)
+                kind = type(event)
+                if kind is DesiredChanged:
+                    patch, desired = event
+                    if event is _WHATEVER:
+                        desired = self._twin.desired
+                        patch = diff(self._given, desired)
+                    event = None
+                    if patch:
+                        await self._call("desired", patch, desired)
+                    patch = None
+                    self._given = desired
+                    desired = None
+                    self._save()
+                elif kind is StateChanged:
+                    await self._call("state", event.old, event.new)
+                elif kind is Failed:
+                    await self._call("error", event.error)
+                else:
+                    await self._apply(event.name, event.value)
+            if self._watcher is None:
+                self._dispatcher = None
+                return
+            self._event.clear()
+            await self._event.wait()
+
+    async def _call(self, kind: str, *arguments: object) -> None:
+        if kind == "error" and not self._handlers[kind]:
+            print("twin_device:", arguments[0])
+        for handler in self._handlers[kind]:
+            try:
+                result = handler(*arguments)
+                if hasattr(result, "send"):
+                    await result
+            except Exception as error:
+                if kind == "error":
+                    print("twin_device: an error handler raised", repr(error))
+                else:
+                    self._tell(Failed(error))
+
+    async def _apply(self, name: str, value: object) -> None:
+        reason = None
+        try:
+            result = self._appliers[name](value)
+            if hasattr(result, "send"):
+                await result
+        except Exception as error:
+            reason = str(error) or type(error).__name__
+            self._tell(Failed(error))
+        self._perform(self._settings.applied(name, reason, self._clock()))
+
+
+class _Link:
+    """One connection: from the name's look-up to its end."""
+
+    def __init__(self, client: TwinClient) -> None:
+        self._client = client
+        self._stream = None
+        self._ended = False
+        self._draining = False
+        self._backlog = b""
+        self._heard = self._sent = client._clock()
+        self._identifier = 0
+        self._reader = None
+        self._topic = None
+        self._threshold = None
+        self._task = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        client = self._client
+        failed = None
+        try:
+            await self._read()
+        except TwinError as error:
+            failed = error
+        except ValueError as error:
+            # What MicroPython's TLS raises for a certificate.
+            failed = ConnectRefused(
+                "the certificate of "
+                + client._credentials.dialled
+                + " is not to be trusted: "
+                + _reason(error),
+                False,
+            )
+        except OSError as error:
+            what = "cannot connect to " if client._twin.state == OFFLINE else "lost the connection to "
+            failed = ConnectRefused(what + client._credentials.dialled + ": " + str(error))
+        except MemoryError:
+            failed = ConnectRefused("not enough memory to connect and to keep the twin")
+        except Exception as error:
+            # A bug costs a reconnect, and no more.
+            failed = RemoteError("unexpected " + repr(error))
+        finally:
+            self._close()
+        if failed is not None:
+            client._lost(self, failed)
+
+    async def _read(self) -> None:
+        client = self._client
+        year = time.gmtime()[0]
+        if year < _LEAST_YEAR:
+            raise ConnectRefused(
+                "the clock is not set, it says " + str(year) + ": set it first, by ntptime", False
+            )
+        # TLS wants its memory in large pieces.
+        gc.collect()
+        credentials = client._credentials
+        options = {}
+        if client._tls:
+            options = {"ssl": client._context, "server_hostname": credentials.dialled}
+        self._stream = stream = (await asyncio.open_connection(credentials.dialled, client._port, **options))[
+            0
+        ]
+        epoch = 946684800 if time.gmtime(0)[0] == 2000 else 0
+        password = credentials.password(int(time.time()) + epoch + client._token_lifetime)
+        self._send(connect(credentials.client_id, client._user_name, password, client._keep_alive))
+        password = None
+        receiver = Receiver(self)
+        while not self._ended:
+            count = await stream.readinto(receiver.buffer)
+            if count == 0:
+                raise RemoteError("the hub closed the connection")
+            if count is not None:
+                self._heard = client._clock()
+                receiver.received(count)
+
+    def end(self) -> None:
+        """Let go of the connection; the client is not told."""
+        if not self._ended:
+            self._ended = True
+            if self._stream is not None:
+                try:
+                    self._stream.s.write(DISCONNECT)
+                except (OSError, ValueError):
+                    pass
+            if asyncio.current_task() is not self._task:
+                self._task.cancel()
+
+    def _close(self) -> None:
+        self._ended = True
+        self._loaded()
+        if self._stream is not None:
+            self._stream.s.close()
+            self._stream = None
+
+    def watch(self, now: int) -> None:
+        """Say something before the hub thinks that nobody is there, and notice if the hub is not."""
+        keep_alive = self._client._keep_alive * 1000
+        if self._stream is None or self._client._twin.state == OFFLINE:
+            return
+        if now - self._heard >= keep_alive * 3 // 2:
+            self.end()
+            self._client._lost(self, RemoteError("the hub has been silent for too long"))
+        elif now - min(self._sent, self._heard) >= keep_alive // 2 and now - self._sent >= keep_alive // 4:
+            self._send(PINGREQ)
+
+    # ------------------------------------------------------------------ out
+
+    def publish(self, topic: str, payload: bytes) -> None:
+        head, payload = publish(topic, payload)
+        if len(payload) <= _JOINED:
+            self._send(head + payload)
+        else:
+            self._send(head)
+            self._send(payload)
+
+    def subscribe(self, filters: "tuple[str, ...]") -> None:
+        self._identifier = following(self._identifier)
+        self._send(subscribe(self._identifier, filters))
+
+    def _send(self, data: bytes) -> None:
+        if self._stream is None or self._ended:
+            return
+        self._sent = self._client._clock()
+        if self._draining:
+            # Stream.drain() forgets what is written meanwhile.
+            self._backlog += data
+            if len(self._backlog) > _MAX_BACKLOG:
+                self._broken("the hub does not read")
+            return
+        try:
+            self._stream.write(data)
+        except (OSError, ValueError) as error:
+            self._broken(str(error))
+        else:
+            if self._stream.out_buf:
+                self._draining = True
+                asyncio.create_task(self._drain(self._stream))
+
+    async def _drain(self, stream: object) -> None:
+        try:
+            while not self._ended:
+                await stream.drain()
+                if not self._backlog:
+                    break
+                stream.out_buf, self._backlog = self._backlog, b""
+        except (OSError, ValueError) as error:
+            self._broken(str(error))
+        self._draining = False
+
+    def _broken(self, why: str) -> None:
+        # Not at once: whoever sends is in the middle of performing outputs.
+        asyncio.create_task(self._break(why))
+
+    async def _break(self, why: str) -> None:
+        if not self._ended:
+            self.end()
+            self._client._lost(self, RemoteError("lost the connection: " + why))
+
+    # ------------------------------------------------------------------ in: the Receiver's owner
+
+    def packet(self, kind: int, body: bytes) -> None:
+        client = self._client
+        twin = client._twin
+        if self._ended:
+            return
+        if kind == CONNACK and len(body) == 2:
+            now = client._clock()
+            if body[1]:
+                self._ended = True
+                client._link = None
+                client._perform(twin.refused(body[1], now, random.random()))
+            else:
+                lifetime = client._token_lifetime * 1000
+                client._perform(twin.connected(now, random.random(), lifetime))
+        elif kind == SUBACK and len(body) > 2:
+            client._perform(twin.subscribed(tuple(body[2:]), client._clock(), random.random()))
+        elif kind != PINGRESP:
+            raise RemoteError("a packet of the type " + str(kind) + " that answers nothing")
+
+    def began(self, topic: str, identifier: "int | None") -> None:
+        if identifier is not None:
+            self._send(puback(identifier))
+        client = self._client
+        self._topic = topic
+        whole = client._twin.reading(topic)
+        if whole is None:
+            return
+        if whole:
+            self._threshold = gc.threshold()
+            gc.threshold(_LOADING)
+        handed = self._property if client._on_property else None
+        self._reader = Reader(whole, client._keep, handed, client._keep_reported)
+
+    def chunk(self, data: memoryview) -> None:
+        if self._reader is not None:
+            try:
+                self._reader.feed(data)
+            except ValueError:
+                # The core says what is to be done about it.
+                self._reader = None
+
+    def ended(self) -> None:
+        document = b""
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            try:
+                document = reader.end()
+            except ValueError:
+                pass
+        self._loaded()
+        if not self._ended:
+            client = self._client
+            client._perform(
+                client._twin.message_received(self._topic, document, client._clock(), random.random())
+            )
+
+    def _property(self, path: "tuple[str, ...]", value: object) -> None:
+        try:
+            self._client._on_property(path, value)
+        except Exception as error:
+            self._client._tell(Failed(error))
+
+    def _loaded(self) -> None:
+        if self._threshold is not None:
+            gc.threshold(self._threshold)
+            self._threshold = None
+
+
+async def _within(waited: object, seconds: float) -> bool:
+    """Whether an Event was set, or a task has ended, in time."""
+    try:
+        await asyncio.wait_for(waited.wait() if hasattr(waited, "wait") else waited, seconds)
+    except asyncio.TimeoutError:
+        return False
+    return True
+
+
+def _tls_context(ca_files: "tuple[str, ...]") -> object:
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.verify_mode = ssl.CERT_REQUIRED
+    for path in ca_files:
+        try:
+            with open(path, "rb") as file:
+                data = file.read(16384)
+            context.load_verify_locations(cadata=data)
+        except OSError:
+            raise LocalError("ca_file " + path + " cannot be read")
+        except ValueError:
+            raise LocalError("ca_file " + path + " holds no certificate that this firmware can read: use DER")
+    return context
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip()
+    for part, reason in (
+        ("Common Name", "it is another host's"),
+        ("not correctly signed", "no CA in ca_file has signed it"),
+        ("has expired", "it has expired"),
+        ("starts in the future", "it is not valid yet; is the clock right?"),
+    ):
+        if part in text:
+            return reason
+    return text
