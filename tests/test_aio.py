@@ -4,6 +4,7 @@ What it shares with the thread client is in test_aio_shared; here is what only a
 """
 
 import asyncio
+import contextlib
 import gc
 import json
 import logging
@@ -306,6 +307,31 @@ def test_plain_handlers_give_others_a_turn(make: MakeClient, device: Device) -> 
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 cannot tell who was cancelled")
+def test_a_handler_that_blocks_the_loop_is_named(
+    make: MakeClient, device: Device, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test() -> None:
+        client = make(device)
+        patches = []
+
+        @client.on_desired
+        def blocks(patch: dict[str, Any], desired: dict[str, Any]) -> None:
+            if "slow" in patch:
+                threading.Event().wait(0.06)
+            patches.append(patch)
+
+        async with client:
+            await until(lambda: len(patches) == 1, "a quick call")
+            assert "kept the event loop" not in caplog.text
+            device.patch_desired({"slow": True})
+            await until(lambda: len(patches) == 2, "a slow call")
+        assert re.search(
+            r"sensor-temp-042: the handler .*blocks kept the event loop for 0\.\d\d s", caplog.text
+        )
+
+    run(test())
+
+
 def test_a_handler_that_awaits_something_cancelled_is_an_error_like_others(
     make: MakeClient, device: Device
 ) -> None:
@@ -851,6 +877,72 @@ def test_a_sick_connection_delays_no_neighbour(local_hub: LocalHub, make: MakeCl
         release.set()
         await asyncio.gather(*(client.close() for client in clients))
         assert sockets_to(local_hub.mqtts_port) == []
+
+    run(test())
+
+
+class Pest(threading.Thread):
+    """A hub that synchronises one client and then writes without end, in a thread of its own."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(daemon=True)
+        self._size = size
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listening.getsockname()[1]
+        self.ended = threading.Event()
+        self.sent = 0
+
+    def run(self) -> None:
+        connected, _ = self._listening.accept()
+        self._listening.close()
+        with connected:
+            for answer in (CONNACK, SUBACK, b""):
+                asked = connected.recv(65536)
+                rid = re.search(rb"rid=(\d+)", asked)
+                if rid is not None:
+                    answer = published(f"$iothub/twin/res/200/?$rid={int(rid[1])}", DOCUMENT)
+                connected.sendall(answer)
+            topic = "$iothub/twin/PATCH/properties/desired/?$version="
+            version = 5
+            with contextlib.suppress(OSError):
+                while not self.ended.is_set():
+                    many = range(version, version + 500)
+                    version += 500
+                    data = b"".join(
+                        published(f"{topic}{n}", b'{"n":%d,"$version":%d}' % (n, n)) for n in many
+                    )
+                    for at in range(0, len(data), self._size):
+                        connected.sendall(data[at : at + self._size])
+                        self.sent += 1
+
+
+@pytest.mark.parametrize("size", [1, 65536], ids=["trickles", "floods"])
+def test_a_hub_that_writes_without_end_delays_no_neighbour(
+    local_hub: LocalHub, make: MakeClient, device: Device, size: int
+) -> None:
+    async def test() -> None:
+        pest = Pest(size)
+        pest.start()
+        sick = TwinClient("127.0.0.1", "dev-1", key=KEY, tls=False, port=pest.port, timeout=PATIENCE)
+        patches = []
+        sick.on_desired(lambda patch, desired: patches.append(patch))
+        async with make(device) as healthy, sick:
+            before = pest.sent
+            slowest = 1.0
+            # Others may take the processor for a while, but not each time.
+            for _ in range(10):
+                slowest, ends = 0.0, time.monotonic() + 0.3
+                while time.monotonic() < ends:
+                    started = time.perf_counter()
+                    await healthy.report({"now": started})
+                    slowest = max(slowest, time.perf_counter() - started)
+                if slowest < 0.05:
+                    break
+            assert slowest < 0.05
+            assert pest.sent > before
+            assert patches
+            pest.ended.set()
+        pest.join(PATIENCE)
 
     run(test())
 

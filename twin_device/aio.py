@@ -59,6 +59,9 @@ _MAX_KEEP_ALIVE = 1177
 _FLUSH = 5.0
 _LOGGED = 1000  # bytes of a payload that a DEBUG line shows
 
+# A handler that keeps the loop for longer than this (seconds) is named: meanwhile no other client is heard.
+_BLOCKING = 0.05
+
 # What one connection may have read before it is another's turn: one record of TLS.
 _SLICE = 16384
 # A twin is far smaller (32 KB a section, times six where every character is escaped). More than this is no
@@ -187,8 +190,8 @@ class TwinClient:
 
     Handlers are plain functions or coroutine functions. They run one at a time and in order, in a task of
     their own, and may call every method. Like everything in a loop a plain function must not block: what
-    takes long belongs into a coroutine, or into `asyncio.to_thread`. An exception in a handler goes to the
-    on_error handlers and stops nothing.
+    takes long belongs into a coroutine, or into `asyncio.to_thread`; one that blocks for more than 50 ms is
+    named in the log. An exception in a handler goes to the on_error handlers and stops nothing.
 
     A client may be made, and its handlers declared, before there is a loop. It lives in the loop that
     connect() runs in, which must be one that can watch sockets (on Windows a selector event loop).
@@ -810,7 +813,16 @@ class TwinClient:
     async def _call(self, handler: Callable[..., object], *arguments: Any) -> BaseException | None:
         """Call a handler. What it raises goes to the error handlers, and is returned."""
         try:
+            started = time.monotonic()
             result = handler(*arguments)
+            if time.monotonic() - started > _BLOCKING:
+                _log.warning(
+                    "%s: the handler %s kept the event loop for %.2f s, and with it every client; make it a "
+                    "coroutine function that blocks nowhere, or have it use asyncio.to_thread",
+                    self._credentials.client_id,
+                    getattr(handler, "__qualname__", handler),
+                    time.monotonic() - started,
+                )
             if inspect.isawaitable(result):
                 await result
         except asyncio.CancelledError as error:
