@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench-hub screenshot clean
+.PHONY: demo test check board-budget bench-hub screenshot clean
 
 demo: .venv/installed
 	@$(BIN)/twin-device demo
@@ -18,6 +18,10 @@ check: test .venv/checks
 # What one hub process holds; mosquitto beside it if it is installed.
 bench-hub: .venv/installed
 	@$(BIN)/python -m tests.benchmarks.hub
+
+# Bytes of .mpy and smallest heaps of the board's client; 1 if a budget does not hold.
+board-budget: .venv/installed
+	@$(BIN)/python -m tests.benchmarks.board
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -1,0 +1,36 @@
+"""Runs on MicroPython: the app whose heap is measured. It answers each desired patch with a report."""
+
+import asyncio
+import os
+
+from twin_device import TwinClient
+
+options = {}
+if os.getenv("CA"):
+    options["ca_file"] = os.getenv("CA")
+else:
+    options["tls"] = False
+if os.getenv("KEEP") is not None:
+    options["keep"] = tuple(os.getenv("KEEP").split())
+handed = [0]
+
+
+def hand(path, value):
+    handed[0] += 1
+
+
+if os.getenv("HAND_ON"):
+    options["on_property"] = hand
+client = TwinClient.from_connection_string(os.getenv("DEVICE"), timeout=20, **options)
+options = None
+
+
+@client.on_desired
+async def changed(patch, desired):
+    if "round" in patch:
+        await client.report({"round": patch["round"], "handed": handed[0]}, wait=False)
+
+
+client.on_state(lambda old, new: print(new))
+client.on_error(lambda error: print("failed:", error))
+asyncio.run(client.run())
