@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check board-budget bench-hub screenshot clean
+.PHONY: demo test check board-budget bench-hub scorecard screenshot clean
 
 demo: .venv/installed
 	@$(BIN)/twin-device demo
@@ -22,6 +22,10 @@ bench-hub: .venv/installed
 # Bytes of .mpy and smallest heaps of the board's client; 1 if a budget does not hold.
 board-budget: .venv/installed
 	@$(BIN)/python -m tests.benchmarks.board
+
+# 15 situations of a device's life, put to Microsoft's azure-iot-device and to this client.
+scorecard: .venv/installed
+	@$(BIN)/python -m tests.interop.scorecard
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
