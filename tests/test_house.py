@@ -139,7 +139,7 @@ def test_the_boards_shell_imports_no_cpython():
 def test_an_example_uses_public_names_only(path):
     for name in imports(path):
         if name.startswith("twin_device"):
-            assert name in ("twin_device", "twin_device.aio", "twin_device.hub"), name
+            assert name in ("twin_device", "twin_device.aio", "twin_device.gateway", "twin_device.hub"), name
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Attribute):
             assert not node.attr.startswith("_") or node.attr.startswith("__"), node.attr

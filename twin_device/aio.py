@@ -186,7 +186,9 @@ class TwinClient:
     system's store. tls: False for plaintext, which only a local hub speaks. keep_alive: 1 to 1177. timeout:
     the longest wait of a call; a request to the hub is given up and asked again after a third of it.
     product_info: told to the hub as DeviceClientType. model_id: the DTMI of IoT Plug and Play.
-    token_lifetime: of the SAS token; it is replaced after four fifths.
+    token_lifetime: of the SAS token; it is replaced after four fifths. pace: called before every attempt to
+    connect but the one that replaces a token; gives the seconds that it must wait for its turn, for fleets
+    (gateway.TwinGateway).
 
     Handlers are plain functions or coroutine functions. They run one at a time and in order, in a task of
     their own, and may call every method. Like everything in a loop a plain function must not block: what
@@ -214,6 +216,7 @@ class TwinClient:
         product_info: str = "",
         model_id: str | None = None,
         token_lifetime: float = 3600,
+        pace: Callable[[], float] | None = None,
     ) -> None:
         if not 1 <= keep_alive <= _MAX_KEEP_ALIVE:
             raise LocalError(f"keep_alive is from 1 to {_MAX_KEEP_ALIVE} seconds, not {keep_alive}")
@@ -268,6 +271,9 @@ class TwinClient:
         self._dials: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = 0
+        # With a pace: when the attempt that is due may be made. Nothing else is due meanwhile.
+        self._pace = pace
+        self._turn_at: int | None = None
         self._events: deque[Any] = deque()
         self._dispatcher: asyncio.Task[None] | None = None
 
@@ -387,20 +393,22 @@ class TwinClient:
         is closed. LocalError: bad ca_file, or a loop that cannot watch sockets.
         """
         deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
+        self._start()
+        if wait:
+            try:
+                await self._await_synchronised(deadline)
+            except BaseException:
+                await self.disconnect()
+                raise
+
+    def _start(self) -> None:
+        """Want a connection from now on, if that is new."""
         if self._tls and self._context is None:
             self._context = _tls_context(self._ca_file)
         if self._closed:
             raise NotConnected("this client is closed; make a new one")
-        try:
-            if self._loop is None:
-                self._start()
-            if wait:
-                await self._await_synchronised(deadline)
-        except BaseException:
-            await self.disconnect()
-            raise
-
-    def _start(self) -> None:
+        if self._loop is not None:
+            return
         loop = asyncio.get_running_loop()
         if isinstance(loop, getattr(asyncio, "ProactorEventLoop", ())):
             raise LocalError("this event loop cannot watch sockets: use a selector event loop")
@@ -410,7 +418,10 @@ class TwinClient:
         self._loop = loop
         self._run = object()
         self._wake_dispatcher()
-        self._perform(self._twin.start(_now()))
+        if self._pace is None:
+            self._perform(self._twin.start(_now()))
+        else:
+            self._await_turn(self._pace)
 
     async def _await_synchronised(self, deadline: float) -> None:
         run = self._run
@@ -443,7 +454,7 @@ class TwinClient:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self._loop = self._run = None
+        self._loop = self._run = self._turn_at = None
         _wake(self._changed)
 
     async def _settle(self) -> None:
@@ -673,7 +684,7 @@ class TwinClient:
         """See to it that _tick() is called when there is something to do."""
         if self._loop is None:
             return
-        due = self._twin.deadline
+        due = self._twin.deadline if self._turn_at is None else self._turn_at
         link = self._link
         if link is not None:
             due = link.due if due is None else min(due, link.due)
@@ -692,9 +703,20 @@ class TwinClient:
         now = _now()
         if self._link is not None and now >= self._link.due:
             self._link.keep_alive(now)
-        deadline = self._twin.deadline
+        deadline = self._twin.deadline if self._turn_at is None else self._turn_at
         if deadline is not None and now >= deadline:
-            self._perform(self._twin.tick(now, random.random()))
+            if self._turn_at is not None:
+                self._turn_at = None
+                self._perform(self._twin.start(now) or self._twin.tick(now, random.random()))
+            elif self._pace is not None and self._link is None and not self._dials:
+                # Without a connection and a dial the core can want nothing but to dial.
+                self._await_turn(self._pace)
+            else:
+                self._perform(self._twin.tick(now, random.random()))
+        self._arm()
+
+    def _await_turn(self, pace: Callable[[], float]) -> None:
+        self._turn_at = _now() + int(pace() * 1000)
         self._arm()
 
     # ------------------------------------------------------------------ the connection
@@ -1274,10 +1296,11 @@ class _Signals:
     """SIGINT and SIGTERM for all clients that run forever in one loop, which knows one handler a signal."""
 
     def __init__(self) -> None:
-        self._clients: list[TwinClient] = []
+        self._clients: list[Any] = []
         self._previous: dict[signal.Signals, Any] = {}
 
-    def add(self, client: TwinClient) -> None:
+    def add(self, client: Any) -> None:
+        """client: a TwinClient or TwinGateway, with `_stopping` and `_changed`."""
         self._clients.append(client)
         if len(self._clients) == 1 and threading.current_thread() is threading.main_thread():
             loop = asyncio.get_running_loop()
@@ -1288,7 +1311,7 @@ class _Signals:
                     loop.add_signal_handler(number, self._stop)
                     self._previous[number] = previous
 
-    def remove(self, client: TwinClient) -> None:
+    def remove(self, client: Any) -> None:
         self._clients.remove(client)
         if not self._clients:
             for number, previous in self._previous.items():
