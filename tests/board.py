@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import twin_device
 from tests.vm import micropython
 from tests.waiting import PATIENCE
+from twin_device.core import errors
 
 APP = Path(__file__).parent / "board_app.py"
 
@@ -29,7 +29,7 @@ def der(pem_file: str, folder: Path) -> str:
 def error_of(described: dict[str, Any]) -> Exception:
     """The error that the program has described, as ours of the same name."""
     name = described["error"]
-    kind = getattr(builtins, name, None) or getattr(twin_device, name)
+    kind = getattr(builtins, name, None) or getattr(errors, name)
     error: Exception = kind.__new__(kind, described["text"])
     for name, value in described.items():
         if name not in ("id", "error", "text"):
@@ -46,14 +46,16 @@ class BoardReport:
 
 
 class BoardClient:
-    """options: the client's. hurry: retries are short. interpreter: options of micropython."""
+    """options: the client's. hurry: retries are short, or "at once". clock: what board_app's Clock takes.
+    interpreter: options of micropython."""
 
     def __init__(
         self,
         text: str,
         path: Path,
         *,
-        hurry: bool = True,
+        hurry: bool | str = True,
+        clock: dict[str, int] | None = None,
         interpreter: tuple[str, ...] = (),
         environment: dict[str, str] | None = None,
         **options: Any,
@@ -76,7 +78,7 @@ class BoardClient:
         self._threads = [threading.Thread(target=self._read), threading.Thread(target=self._dispatch)]
         for thread in self._threads:
             thread.start()
-        self._write({"text": text, "options": options, "hurry": hurry})
+        self._write({"text": text, "options": options, "hurry": hurry, "clock": clock})
 
     def _write(self, message: dict[str, Any]) -> None:
         with self._writing:

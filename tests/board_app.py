@@ -12,16 +12,46 @@ import sys
 
 from twin_device import TwinClient, TwinError
 from twin_device import client as shell
+from twin_device.store import FileStore
 
 
 class Chance:
-    """Spreads retries in time; in tests it keeps them short."""
+    """Spreads retries in time; in tests it keeps them short, or makes them at once."""
+
+    def __init__(self, hurry):
+        self.drawn = 0.0 if hurry == "at once" else 0.02
 
     def random(self):
-        return 0.02
+        return self.drawn
 
     def getrandbits(self, count):
         return chance.getrandbits(count)
+
+
+class Clock:
+    """The time module as a board has it. year: what the clock says, None for the truth; epoch: 1970 or 2000.
+
+    ticks: milliseconds before ticks_ms starts over.
+    """
+
+    def __init__(self, year=None, epoch=1970, ticks=None):
+        self.year = year
+        self.epoch = epoch
+        self.ahead = 0 if ticks is None else _TICKS - ticks - clock.ticks_ms()
+
+    def time(self):
+        return clock.time() - (946684800 if self.epoch == 2000 else 0)
+
+    def gmtime(self, seconds=None):
+        if seconds == 0:
+            return (self.epoch, 1, 1, 0, 0, 0, 3, 1)
+        return clock.gmtime() if self.year is None else (self.year, 1, 1, 0, 0, 0, 3, 1)
+
+    def ticks_ms(self):
+        return (clock.ticks_ms() + self.ahead) % _TICKS
+
+    def ticks_diff(self, late, early):
+        return (late - early + _TICKS // 2) % _TICKS - _TICKS // 2
 
 
 def say(**what):
@@ -44,6 +74,9 @@ class Program:
         if "online" in options:
             self.online = options.pop("online")
             options["is_online"] = lambda: self.online
+        if isinstance(options.get("store"), list):
+            _, path, seconds = options["store"]
+            options["store"] = FileStore(path, seconds)
         if options.pop("hand_on", False):
             options["on_property"] = lambda path, value: say(property=path, value=value)
         self.client = client = TwinClient.from_connection_string(text, **options)
@@ -103,8 +136,10 @@ class Program:
 
 async def main():
     first = json.loads(sys.stdin.readline())
-    if first.pop("hurry", False):
-        shell.random = Chance()
+    if first["hurry"]:
+        shell.random = Chance(first["hurry"])
+    if first["clock"] is not None:
+        shell.time = Clock(**first["clock"])
     program = Program(first["text"], first["options"])
     lines = asyncio.StreamReader(sys.stdin)
     while True:
@@ -115,5 +150,6 @@ async def main():
     await program.client.close()
 
 
-chance = shell.random
+_TICKS = 1 << 30
+chance, clock = shell.random, shell.time
 asyncio.run(main())

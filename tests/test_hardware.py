@@ -5,27 +5,18 @@ None of this has run on a board: hardware/*/README.md says what its owner can ru
 
 import json
 import os
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.vm import ROOT, micropython
+
 HARDWARE = ROOT / "hardware"
 BOARDS = ("esp32", "pico_w")
 CONFIGURATION = {"ssid": "home", "password": "secret", "connectionString": "HostName=localhost;..."}
 HEAD = "import time\nfrom time import slept\n"
-
-
-def micropython() -> str:
-    beside = Path(sys.executable).parent / "micropython"
-    found = str(beside) if beside.exists() else shutil.which("micropython")
-    if found is None:
-        pytest.skip("there is no micropython beside python or on PATH")
-    return found
 
 
 def run(program: str, folder: Path, configuration: Any = CONFIGURATION) -> "subprocess.CompletedProcess[str]":

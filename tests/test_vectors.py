@@ -2,7 +2,6 @@
 
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -10,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.vm import CORE, micropython
+
 VECTORS = Path(__file__).parent / "vectors"
-CORE = Path(__file__).parents[1] / "twin_device" / "core"
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +42,7 @@ def on_cpython(packages):
 
 @pytest.fixture(scope="module")
 def on_micropython(packages):
-    beside = Path(sys.executable).parent / "micropython"
-    interpreter = str(beside) if beside.exists() else shutil.which("micropython")
-    if interpreter is None:
-        if os.environ.get("CI") and sys.platform == "linux" and platform.machine() == "x86_64":
-            pytest.fail("no micropython: the extra [test] installs it on this platform")
-        pytest.skip("no micropython beside python or on PATH; the extra [test] has it for Linux on x86_64")
-    return lines(interpreter, "MICROPYPATH", f"{packages}:.frozen")
+    return lines(micropython(), "MICROPYPATH", f"{packages}:.frozen")
 
 
 def cases():

@@ -22,7 +22,7 @@ def section(leaves: int, seed: int) -> dict[str, Any]:
             "threshold": chance.randrange(0, 1000) / 10,
             "enabled": chance.random() < 0.5,
             "unit": chance.choice(_UNITS),
-            "description": f"sensor {number} beside door {chance.randrange(40)} of hall {chance.randrange(9)}",
+            "place": f"sensor {number} beside door {chance.randrange(40)} of hall No. {chance.randrange(9)}",
             "offset": chance.randrange(-100, 100),
             "gain": chance.randrange(1, 1000) / 100,
             "mode": chance.choice(_MODES),

@@ -1,11 +1,13 @@
 """The real MicroPython of the tests, and the board's package as a board has it."""
 
+import importlib.util
 import os
 import platform
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -45,3 +47,13 @@ def run(
         cwd=cwd,
         env={**os.environ, "MICROPYPATH": f"{path}:.frozen", **environment},
     )
+
+
+def board_mqtt() -> ModuleType:
+    """The board's mqtt.py on CPython, over the same core."""
+    spec = importlib.util.spec_from_file_location("twin_device.board_mqtt", BOARD / "mqtt.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

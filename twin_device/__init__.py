@@ -19,6 +19,7 @@ from .core.errors import (
     ReportTimeout,
     RetrieveRejected,
     RetrieveTimeout,
+    StoreError,
     TwinError,
 )
 
@@ -38,6 +39,7 @@ __all__ = [
     "ReportTimeout",
     "RetrieveRejected",
     "RetrieveTimeout",
+    "StoreError",
     "TwinClient",
     "TwinError",
 ]

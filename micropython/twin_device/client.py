@@ -473,6 +473,14 @@ class TwinClient:
         if link is self._link:
             self._link = None
             self._perform(self._twin.disconnected(self._clock(), random.random(), error))
+            asyncio.create_task(self._return())
+
+    async def _return(self) -> None:
+        """Dial again when it is time, not when the clock is looked at next."""
+        core = self._twin
+        await asyncio.sleep_ms(max(0, min(1000, (core.deadline or 0) - self._clock())))
+        if self._watcher is not None and core.state == OFFLINE:
+            self._look()
 
     def _save(self, now: bool = False) -> None:
         if self._store is not None:
@@ -609,18 +617,8 @@ class _Link:
             await self._read()
         except TwinError as error:
             failed = error
-        except ValueError as error:
-            # What MicroPython's TLS raises for a certificate.
-            failed = ConnectRefused(
-                "the certificate of "
-                + client._credentials.dialled
-                + " is not to be trusted: "
-                + _reason(error),
-                False,
-            )
-        except OSError as error:
-            what = "cannot connect to " if client._twin.state == OFFLINE else "lost the connection to "
-            failed = ConnectRefused(what + client._credentials.dialled + ": " + str(error))
+        except (OSError, ValueError) as error:
+            failed = self._failure(error)
         except MemoryError:
             failed = ConnectRefused("not enough memory to connect and to keep the twin")
         except Exception as error:
@@ -630,6 +628,17 @@ class _Link:
             self._close()
         if failed is not None:
             client._lost(self, failed)
+
+    def _failure(self, error: Exception) -> TwinError:
+        host = self._client._credentials.dialled
+        if isinstance(error, ValueError):
+            # What MicroPython's TLS raises for a certificate.
+            return ConnectRefused(
+                "the certificate of " + host + " is not to be trusted: " + _reason(error), False
+            )
+        if self._client._twin.state == OFFLINE:
+            return ConnectRefused("cannot connect to " + host + ": " + str(error))
+        return RemoteError("lost the connection to " + host + ": " + str(error))
 
     async def _read(self) -> None:
         client = self._client
@@ -712,12 +721,12 @@ class _Link:
             # Stream.drain() forgets what is written meanwhile.
             self._backlog += data
             if len(self._backlog) > _MAX_BACKLOG:
-                self._broken("the hub does not read")
+                self._broken(OSError("it does not read"))
             return
         try:
             self._stream.write(data)
         except (OSError, ValueError) as error:
-            self._broken(str(error))
+            self._broken(error)
         else:
             if self._stream.out_buf:
                 self._draining = True
@@ -731,17 +740,18 @@ class _Link:
                     break
                 stream.out_buf, self._backlog = self._backlog, b""
         except (OSError, ValueError) as error:
-            self._broken(str(error))
+            self._broken(error)
         self._draining = False
 
-    def _broken(self, why: str) -> None:
+    def _broken(self, error: Exception) -> None:
         # Not at once: whoever sends is in the middle of performing outputs.
-        asyncio.create_task(self._break(why))
+        asyncio.create_task(self._break(error))
 
-    async def _break(self, why: str) -> None:
+    async def _break(self, error: Exception) -> None:
         if not self._ended:
+            failed = self._failure(error)
             self.end()
-            self._client._lost(self, RemoteError("lost the connection: " + why))
+            self._client._lost(self, failed)
 
     # ------------------------------------------------------------------ in: the Receiver's owner
 

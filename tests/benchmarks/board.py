@@ -1,4 +1,4 @@
-"""What the board's client costs: bytes of .mpy, and the smallest heap on a real MicroPython. `make board-budget`.
+"""What the board's client costs: bytes of .mpy, and the least heap on a real MicroPython: `make board-budget`
 
 Every figure is of the 64-bit interpreter for unix from PyPI, whose heap -X heapsize bounds. Its objects are
 twice as large as a board's, so the budgets are twice those of a 32-bit board. TLS takes its memory outside of
