@@ -8,7 +8,7 @@ demo: .venv/installed
 	@$(BIN)/twin-device demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 4 --dist loadgroup
 
 check: test .venv/checks
 	$(BIN)/ruff check .

@@ -12,6 +12,13 @@ from twin_device import TwinClient
 from twin_device.hub import Device, LocalHub
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests run in several processes: a file in one, and all that need the ports of Microsoft's SDKs in one."""
+    for item in items:
+        fixed = item.path.parent.name == "interop"
+        item.add_marker(pytest.mark.xdist_group("interop" if fixed else item.path.name))
+
+
 @pytest.fixture
 def device(local_hub: LocalHub) -> Device:
     return local_hub.create_device("sensor-temp-042", desired={"telemetryInterval": 30})

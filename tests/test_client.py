@@ -997,7 +997,7 @@ def test_7_a_call_that_was_cut_short_is_made_again(make_app: MakeApp, device: De
     app.client.on_desired(lambda patch, desired: cuts.put(as_it_is_now(path)))
     app.client.connect()
     inside = cuts.get(timeout=PATIENCE)
-    wait_until(path.exists, "the call to be kept")
+    wait_until(lambda: path.exists() and b"30" in path.read_bytes(), "the call to be kept")
     after = as_it_is_now(path)
     app.client.close()
     assert make_app(device, store=after).client.desired == {"telemetryInterval": 30}
