@@ -13,7 +13,7 @@ from twin_device.hub import Device, LocalHub
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests run in several processes: a file in one, and all that need the ports of Microsoft's SDKs in one."""
+    """Where tests run in several processes, a file runs in one, and all that need the SDKs' ports in one."""
     for item in items:
         fixed = item.path.parent.name == "interop"
         item.add_marker(pytest.mark.xdist_group("interop" if fixed else item.path.name))

@@ -316,7 +316,7 @@ def test_certificates_are_made_once_and_used_again(tmp_path: Path) -> None:
         for name in ("localhost", "127.0.0.1", "::1", "hub.example", "my.azure-devices.net"):
             handshake(hub, hub.ca_file, name)
     made = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert made.keys() == {"ca.pem", "server.pem"}
+    assert made.keys() == {"ca.der", "ca.pem", "server.pem"}
     assert (folder / "server.pem").stat().st_mode & 0o077 == 0
     assert b"PRIVATE KEY" not in made["ca.pem"]
     with LocalHub(certificates=str(folder)) as hub:

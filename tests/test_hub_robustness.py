@@ -422,7 +422,7 @@ def test_a_folder_of_its_own_goes_with_the_hub() -> None:
     with LocalHub() as hub:
         folder = Path(hub.ca_file).parent
         assert temporary_folders() - before == {folder.name}
-        assert sorted(path.name for path in folder.iterdir()) == ["ca.pem", "server.pem"]
+        assert sorted(path.name for path in folder.iterdir()) == ["ca.der", "ca.pem", "server.pem"]
     assert not folder.exists()
 
 

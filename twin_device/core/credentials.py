@@ -151,7 +151,7 @@ def decode_key(text: str) -> bytes:
     body = text.rstrip("=")
     if not body or len(text) % 4 or len(text) - len(body) > 2 or _foreign(body, _LETTERS_AND_DIGITS + "+/"):
         raise LocalError("SharedAccessKey is not base64: is it cut off, or percent-encoded?")
-    return binascii.a2b_base64(text)
+    return binascii.a2b_base64(text.encode())
 
 
 def sas_token(resource: str, key: bytes, expiry: int, policy: "str | None" = None) -> str:

@@ -9,7 +9,7 @@ _NAMES = ("localhost", "127.0.0.1", "::1")
 def prepare(folder: Path, host_names: tuple[str, ...]) -> Path:
     """Have ca.pem and server.pem (key and chain) in folder; returns the path of ca.pem.
 
-    They are used when there, made when neither is. ValueError: only one of them is there.
+    They are used when there, made when neither is, with ca.der for boards. ValueError: only one is there.
     ModuleNotFoundError: they are to be made, and trustme is not installed.
     """
     ca_file, server_file = folder / "ca.pem", folder / "server.pem"
@@ -30,6 +30,7 @@ def prepare(folder: Path, host_names: tuple[str, ...]) -> Path:
         server.private_key_pem.bytes() + b"".join(blob.bytes() for blob in server.cert_chain_pems)
     )
     authority.cert_pem.write_to_path(str(ca_file))
+    (folder / "ca.der").write_bytes(ssl.PEM_cert_to_DER_cert(ca_file.read_text()))
     return ca_file
 
 
