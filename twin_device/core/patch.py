@@ -19,6 +19,11 @@ MAX_SECTION = 32768  # bytes by the hub's own size rule, see size()
 _MAX_NESTING = 20
 
 
+# How much of a float may differ and still be the same, 1 being all: 32-bit floats of boards do not always come
+# back from their text as they were. float() at run time, since the compiler on a PC has floats of 64 bits.
+_NOISE = 0.0 if float("16777217") > 16777216 else 1e-6
+
+
 def _no_number(word: str) -> object:
     raise ValueError(word + " is not JSON")
 
@@ -120,7 +125,7 @@ def merge(target: object, patch: "dict[str, object]") -> "dict[str, object]":
 
 
 def same(one: object, other: object) -> bool:
-    """Equal as JSON: unlike Python's ==, true is not 1."""
+    """Equal as JSON: unlike Python's ==, true is not 1. Where floats have 32 bits, seven digits count."""
     if isinstance(one, dict):
         if not isinstance(other, dict) or len(one) != len(other):
             return False
@@ -133,6 +138,8 @@ def same(one: object, other: object) -> bool:
         for index, value in enumerate(one):
             if not same(value, other[index]):
                 return False
+    elif _NOISE and type(one) is float and (type(other) is float or type(other) is int):
+        return abs(one - other) <= _NOISE * abs(one)
     else:
         return one == other and (type(one) is bool) == (type(other) is bool)
     return True
