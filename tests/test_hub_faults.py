@@ -259,6 +259,19 @@ def test_while_connected(hub: LocalHub, device: Device, row: Row) -> None:
         other.nothing_waits()
 
 
+def test_a_late_notification_ends_with_its_connection(hub: LocalHub, device: Device) -> None:
+    """To the twin that was created anew it would look like the next version."""
+    with online(hub.mqtt_port):
+        hub.fault("notification_late", device=device, times=1, seconds_late=LATE)
+        device.patch_desired({"a": 1})
+        device.recreate()
+    with online(hub.mqtt_port) as wire:
+        # This one comes after the other would have come.
+        hub.fault("notification_late", device=device, times=1, seconds_late=1.5 * LATE)
+        device.patch_desired({"a": 2})
+        assert versions(wire, 1) == [(2, {"a": 2})]
+
+
 @pytest.mark.parametrize("earlier", [{"o": None}, {"o": 5}])
 def test_coalesced_patches_that_do_not_compose(hub: LocalHub, device: Device, earlier: Any) -> None:
     device.patch_desired({"o": {"x": 1}})

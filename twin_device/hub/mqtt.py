@@ -436,9 +436,13 @@ class Endpoint:
             return
         late = take("notification_late", identity_id)
         if late:
-            asyncio.get_running_loop().call_later(
-                late["seconds_late"], self.send_notification, identity_id, patch, version
-            )
+
+            def send_late() -> None:
+                # A message that is on its way ends with its connection.
+                if self.connections.get(identity_id) is connection:
+                    self.send_notification(identity_id, patch, version)
+
+            asyncio.get_running_loop().call_later(late["seconds_late"], send_late)
             return
         self.send_notification(identity_id, patch, version)
         if take("notification_doubled", identity_id):
