@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check board-budget bench-hub scorecard screenshot clean
+.PHONY: demo test check board-budget bench-hub scorecard chaos screenshot clean
 
 demo: .venv/installed
 	@$(BIN)/twin-device demo
@@ -26,6 +26,11 @@ board-budget: .venv/installed
 # 15 situations of a device's life, put to Microsoft's azure-iot-device and to this client.
 scorecard: .venv/installed
 	@$(BIN)/python -m tests.interop.scorecard
+
+# Everything breaks that can, and every client has to be right again: make chaos SEED=7, or for a while, SECONDS=60.
+SEED ?= 1
+chaos: .venv/installed
+	@$(BIN)/python -m tests.chaos.run --seed $(SEED) $(if $(SECONDS),--seconds $(SECONDS))
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -125,10 +125,17 @@ class BoardClient:
 
     def ask(self, call: str, **options: Any) -> Any:
         """Have the program call something; its result, or the error that it raised."""
+        return self.result(self.tell(call, **options))
+
+    def tell(self, call: str, **options: Any) -> int:
+        """Have the program call something; the number to ask for its result."""
         number = next(self._numbers)
-        answer = self._answers[number] = queue.SimpleQueue()
+        self._answers[number] = queue.SimpleQueue()
         self._write({"id": number, "call": call, "with": options})
-        got = answer.get(timeout=6 * PATIENCE)
+        return number
+
+    def result(self, number: int) -> Any:
+        got = self._answers[number].get(timeout=6 * PATIENCE)
         del self._answers[number]
         if "error" in got:
             raise error_of(got)
