@@ -5,17 +5,30 @@ None of this has run on a board: hardware/*/README.md says what its owner can ru
 
 import json
 import os
+import re
+import shutil
+import ssl
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
-from tests.vm import ROOT, micropython
+from tests.vm import ROOT, micropython, stage
+from twin_device.hub import LocalHub
 
 HARDWARE = ROOT / "hardware"
 BOARDS = ("esp32", "pico_w")
 CONFIGURATION = {"ssid": "home", "password": "secret", "connectionString": "HostName=localhost;..."}
+# A board with an NVS, for programs that are not to have the other fakes.
+NVS = f"""
+import sys
+sys.path.append({str(ROOT / "tests" / "fakes")!r})
+import esp32
+sys.path.pop()
+"""
 HEAD = "import time\nfrom time import slept\n"
 
 
@@ -278,7 +291,7 @@ def test_the_roots_are_the_ones_in_the_table() -> None:
     import hashlib
 
     table = (HARDWARE / "boards" / "ROOTS.md").read_text()
-    roots = sorted((HARDWARE / "boards").glob("*.der"))
+    roots = sorted(path for path in (HARDWARE / "boards").glob("*.der") if path.stem != "nobody")
     assert len(roots) == 2
     for root in roots:
         (row,) = (line for line in table.splitlines() if line.startswith(f"| {root.name} |"))
@@ -290,4 +303,102 @@ def test_the_example_is_a_configuration_and_holds_no_key() -> None:
     example = json.loads((HARDWARE / "boards" / "config.example.json").read_text())
     assert CONFIGURATION.keys() <= example.keys()
     assert example["connectionString"].endswith("SharedAccessKey=...")
-    assert (HARDWARE / "boards" / example["caFile"]).exists()
+    assert [(HARDWARE / "boards" / name).exists() for name in example["caFile"]] == [True, True]
+
+
+# What the self-test says of a board on which all is well, but for its figures.
+SELFTEST = """\
+ok memory NNN bytes of heap are free before anything is connected
+ok clock NNN
+ok store written and read; power_cut() tests the rest
+ok NVS written and read
+ok DNS localhost is NNN
+ok TLS, CA the certificate of localhost is not to be trusted: no CA in ca_file has signed it
+ok TLS, name the certificate of NNN is not to be trusted: it is another host's
+ok connect NNN ms to the twin; NNN bytes of heap are free
+ok twin reported in NNN ms, $version NNN, read back
+ok reconnect NNN ms
+everything works
+"""
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[LocalHub]:
+    """A hub whose certificate names the host alone, and not its address."""
+    folder = tmp_path / "certificates"
+    folder.mkdir()
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(folder / "ca.pem"))
+    server = authority.issue_cert("localhost")
+    server.private_key_and_cert_chain_pem.write_to_path(str(folder / "server.pem"))
+    with LocalHub(certificates=folder) as hub:
+        yield hub
+
+
+def self_test(hub: LocalHub, folder: Path, connection_string: str, program: str) -> tuple[int, list[str]]:
+    """Its exit status and lines, without what differs from run to run."""
+    package = folder / "package"
+    if not package.exists():
+        stage(package)
+        shutil.copy(HARDWARE / "boards" / "nobody.der", folder)
+        (folder / "root.der").write_bytes(ssl.PEM_cert_to_DER_cert(Path(hub.ca_file).read_text()))
+    config = {"connectionString": connection_string, "caFile": ["root.der"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "program.py").write_text(program)
+    path = os.pathsep.join(map(str, (package, HARDWARE / "boards", ".frozen")))
+    done = subprocess.run(
+        [micropython(), "program.py"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=folder,
+        env={**os.environ, "MICROPYPATH": path},
+    )
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()[1:]
+    return done.returncode, [
+        re.sub(r" +", " ", re.sub(r"[0-9][0-9.:-]*( [0-9:]+ UTC)?", "NNN", line)) for line in lines
+    ]
+
+
+RUN = (HARDWARE / "boards" / "selftest.py").read_text()
+
+
+def test_the_self_test_of_a_board_that_is_well(hub: LocalHub, tmp_path: Path) -> None:
+    device = hub.create_device("dev", desired={"a": 1})
+    status, lines = self_test(hub, tmp_path, device.connection_string, NVS + RUN)
+    assert (status, "\n".join(lines) + "\n") == (0, SELFTEST)
+    # The one report was taken back; nothing else was changed.
+    assert device.reported == {}
+    assert not (tmp_path / "selftest.json").exists()
+
+
+def test_the_self_test_says_what_fails(hub: LocalHub, tmp_path: Path) -> None:
+    device = hub.create_device("dev")
+    wrong = device.connection_string.replace(device.keys[0], "MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY=")
+    status, lines = self_test(hub, tmp_path, wrong, NVS + RUN)
+    assert status == 1
+    assert lines[-2].startswith("FAIL connect the hub refused the credentials")
+    assert lines[-1] == "failed: connect"
+
+
+def test_the_self_test_after_a_power_cut(hub: LocalHub, tmp_path: Path) -> None:
+    device = hub.create_device("dev")
+    package = stage(tmp_path / "package")
+    path = os.pathsep.join(map(str, (package, HARDWARE / "boards", ".frozen")))
+    with subprocess.Popen(
+        [micropython(), "-c", "import selftest; selftest.power_cut()"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "MICROPYPATH": path},
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "writing; pull the plug\n"
+        assert process.stdout.readline() == "100\n"
+        process.kill()
+    shutil.copy(HARDWARE / "boards" / "nobody.der", tmp_path)
+    (tmp_path / "root.der").write_bytes(ssl.PEM_cert_to_DER_cert(Path(hub.ca_file).read_text()))
+    status, lines = self_test(hub, tmp_path, device.connection_string, NVS + RUN)
+    assert status == 0
+    assert "ok store write NNN of an earlier run is there, whole" in lines

@@ -19,8 +19,8 @@ MAX_SECTION = 32768  # bytes by the hub's own size rule, see size()
 _MAX_NESTING = 20
 
 
-# How much of a float may differ and still be the same, 1 being all: 32-bit floats of boards do not always come
-# back from their text as they were. float() at run time, since the compiler on a PC has floats of 64 bits.
+# How much of a float may differ and still be the same, 1 being all: 32-bit floats may not come back from
+# their text as they were. float() at run time: the compiler runs on a PC, whose floats have 64 bits.
 _NOISE = 0.0 if float("16777217") > 16777216 else 1e-6
 
 
