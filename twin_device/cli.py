@@ -145,6 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--json", action="store_true", help="print the line that says how to connect as JSON")
     run.set_defaults(run=_hub_run)
     _add_backend_commands(hub_commands)
+    _add_gateway_commands(commands)
 
     device = argparse.ArgumentParser(add_help=False)
     device.add_argument(
@@ -197,6 +198,68 @@ def _parser() -> argparse.ArgumentParser:
     token.add_argument("--password", action="store_true", help="print the token alone")
     token.set_defaults(run=_token)
     return parser
+
+
+def _add_gateway_commands(commands: Any) -> None:
+    gateway = commands.add_parser(
+        "gateway",
+        help="speak for a fleet of devices",
+        description="Keep the twins of many devices synchronised in one process.",
+    )
+    gateway.set_defaults(parser=gateway)
+    gateway_commands = gateway.add_subparsers(metavar="COMMAND")
+    run = gateway_commands.add_parser(
+        "run",
+        help="connect all devices of a file and keep them connected, until SIGINT or SIGTERM",
+        description="Connect all devices of a CSV file and keep them connected, until SIGINT or SIGTERM. On "
+        "a terminal there is a live table of them, elsewhere a line for what happens. SIGHUP reads the file "
+        "again. Systemd is told when it asks for it.",
+        epilog="The file's first line names its columns, one of them connection_string; lines that begin "
+        "with # do not count. Exit status: 0 ended by a signal, 1 it failed, 2 wrong use, such as a bad "
+        "file.",
+    )
+    run.add_argument("fleet", metavar="CSV", help="the devices; it holds keys, so only you should read it")
+    _add_connection_options(run)
+    run.add_argument(
+        "--connects-per-second",
+        type=_rate,
+        default=20.0,
+        metavar="NUMBER",
+        help="how fast devices connect, at first and after an outage (default 20)",
+    )
+    run.add_argument(
+        "--app",
+        metavar="FILE",
+        help="a Python file with a function setup(gateway), plain or coroutine, called before anything "
+        "connects: there it declares handlers and starts tasks",
+    )
+    run.add_argument(
+        "--status",
+        metavar="FILE",
+        help="keep the table there as JSON, for twin-device gateway health (default: status.json in the "
+        "folder that systemd's RuntimeDirectory= made, if any)",
+    )
+    run.add_argument("--plain", action="store_true", help="lines in place of the table, on a terminal, too")
+    run.set_defaults(run=_gateway_run)
+    health = gateway_commands.add_parser(
+        "health",
+        help="tell whether a running gateway is well, for a monitor",
+        description="Read the status file of a running gateway and tell how its devices are.",
+        epilog="Exit status: 0 all devices are synchronised, 1 some are not, 2 no gateway writes the file.",
+    )
+    health.add_argument(
+        "--status", metavar="FILE", help="as of gateway run (default /run/twin-gateway/status.json)"
+    )
+    health.add_argument(
+        "--grace",
+        type=_count,
+        default=0,
+        metavar="SECONDS",
+        help="forgive a device that is not synchronised for a shorter time; each reconnects for a moment "
+        "when its token is replaced (default 0)",
+    )
+    health.add_argument("--json", action="store_true", help="print the whole table as JSON")
+    health.set_defaults(run=_gateway_health)
 
 
 def _add_backend_commands(commands: Any) -> None:
@@ -469,6 +532,16 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0
+    if not 0 < rate < 1e6:
+        raise argparse.ArgumentTypeError(f"a rate is a positive number, not {text!r}")
+    return rate
+
+
 def _count(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 10):
         raise argparse.ArgumentTypeError(f"a number from 0 up, not {text!r}")
@@ -581,6 +654,22 @@ def _hub_run(options: argparse.Namespace) -> int:
             # Without a time limit no signal could end the wait on Windows.
             ended.wait(3600 if os.name == "posix" else 0.5)
     return 0
+
+
+# ---------------------------------------------------------------------- a gateway
+
+
+def _gateway_run(options: argparse.Namespace) -> int:
+    from .service import run
+
+    _allow_many_files()
+    return run(options)
+
+
+def _gateway_health(options: argparse.Namespace) -> int:
+    from .service import health
+
+    return health(options)
 
 
 # ---------------------------------------------------------------------- a back end's work

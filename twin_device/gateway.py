@@ -37,9 +37,10 @@ class DeviceStatus(NamedTuple):
 
     device_id: or "device/module". state: as TwinClient.state. connected: the hub has accepted the
     connection. synchronised: subscribed and retrieved, too. rejected: why the hub refused it, if only a
-    change of its key, certificate or identity can help; None otherwise, and once it is connected. since:
-    when state or rejected last changed. last_change: when its desired properties last changed, None as
-    long as they are unknown or empty. Both are Unix times in seconds.
+    change of its key, certificate or identity can help; None otherwise, and once it is connected. why: why
+    it is not connected, where that is known. since: when state or rejected last changed. last_change: when
+    its desired properties last changed, None as long as they are unknown or empty. Both are Unix times in
+    seconds.
     """
 
     device_id: str
@@ -47,6 +48,7 @@ class DeviceStatus(NamedTuple):
     connected: bool
     synchronised: bool
     rejected: str | None
+    why: str | None
     since: float
     last_change: float | None
 
@@ -115,6 +117,11 @@ class TwinGateway:
 
     def __repr__(self) -> str:
         return f"<TwinGateway with {len(self._members)} devices>"
+
+    @property
+    def closed(self) -> bool:
+        """True from the beginning of close() on."""
+        return self._closed
 
     # ------------------------------------------------------------------ devices
 
@@ -237,6 +244,7 @@ class TwinGateway:
             state != "offline",
             state == "synchronised",
             member.rejected,
+            member.client.statistics["last_error"] if state == "offline" else None,
             member.since,
             member.last_change,
         )
