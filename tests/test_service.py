@@ -576,7 +576,7 @@ def test_notify_never_waits(monkeypatch: pytest.MonkeyPatch, manager: socket.soc
     ("microseconds", "pid", "seconds"),
     [
         ("30000000", None, 30.0),
-        ("30000000", str(os.getpid()), 30.0),
+        ("30000000", "own", 30.0),
         ("30000000", "1", None),
         ("0", None, None),
         ("", None, None),
@@ -590,7 +590,7 @@ def test_the_watchdogs_time(
     monkeypatch.setenv("WATCHDOG_USEC", microseconds)
     monkeypatch.delenv("WATCHDOG_PID", raising=False)
     if pid is not None:
-        monkeypatch.setenv("WATCHDOG_PID", pid)
+        monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()) if pid == "own" else pid)
     assert systemd.watchdog_seconds() == seconds
 
 
