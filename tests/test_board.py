@@ -374,7 +374,7 @@ def test_a_twin_that_does_not_fit_is_named(make: Make, hub: LocalHub) -> None:
     desired = twin(64)["desired"]
     del desired["$version"]
     device = hub.create_device("large", desired=desired)
-    client = make(device.plaintext_connection_string, tls=False, interpreter=("-X", "heapsize=220K"))
+    client = make(device.plaintext_connection_string, tls=False, interpreter=("-X", "heapsize=140K"))
     with pytest.raises(ConnectRefused, match=r"not synchronised.*: not enough memory"):
         client.connect(timeout=3)
 

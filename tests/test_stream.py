@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from twin_device.core.patch import loads
+from twin_device.core.patch import loads, same
 from twin_device.core.stream import Reader
 
 FIXED = settings(derandomize=True, deadline=None, max_examples=300)
@@ -117,6 +117,29 @@ def test_what_is_not_kept_is_handed_over_property_by_property(case, cuts, keep):
         if not name.startswith("$") and keep is not None and name not in keep
     }
     assert handed == [leaf for name, value in rest.items() for leaf in leaves(value, (name,))]
+
+
+@FIXED
+@given(written(TWINS), TWINS, CUTS)
+def test_beside_an_old_document_the_same_is_built_and_the_old_one_stays_as_it_was(case, old, cuts):
+    _, payload = case
+    before = json.dumps(old)
+    assert same(
+        read(payload, cuts, twin=True, reported=True, old=old), read(payload, twin=True, reported=True)
+    )
+    assert json.dumps(old) == before
+
+
+def test_what_has_not_changed_is_the_old_documents():
+    old = {"desired": {"a": {"b": {"c": [1]}, "d": 1.5}, "e": ["f"], "g": True}}
+    payload = (
+        b'{"desired":{"a":{"b":{"c":[1]},"d":2.5},"e":["f"],"g":1,"$version":2},"reported":{"$version":1}}'
+    )
+    found = in_chunks(payload, twin=True, old=old)["desired"]
+    assert found == {"a": {"b": {"c": [1]}, "d": 2.5}, "e": ["f"], "g": 1, "$version": 2}
+    assert found["a"]["b"] is old["desired"]["a"]["b"]
+    assert found["e"] is old["desired"]["e"]
+    assert found["g"] is not True
 
 
 def test_the_document_may_be_asked_for_again():
@@ -309,6 +332,18 @@ def test_what_is_not_built_takes_no_memory(options):
     assert len(LARGE_TWIN) > 100000
     assert peak(LARGE_TWIN, twin=True, **options) < 8192
     assert peak(LARGE_TWIN, twin=True) > 100000
+
+
+def test_reading_what_has_not_changed_takes_the_memory_of_one_object():
+    old = in_chunks(LARGE_TWIN, twin=True)
+    assert peak(LARGE_TWIN, twin=True, old=old) < 32768
+
+
+def test_a_key_that_comes_again_is_one_string():
+    found = in_chunks(b'{"a":{"telemetryInterval":"celsius"},"b":{"telemetryInterval":"celsius"}}', 7)
+    (key, value), (key_again, value_again) = next(iter(found["a"].items())), next(iter(found["b"].items()))
+    assert key is key_again
+    assert value is value_again
 
 
 def lines(payload, **options):

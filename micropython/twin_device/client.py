@@ -786,7 +786,8 @@ class _Link:
             self._threshold = gc.threshold()
             gc.threshold(_LOADING)
         handed = self._property if client._on_property else None
-        self._reader = Reader(whole, client._keep, handed, client._keep_reported)
+        old = {"desired": client._twin.desired, "reported": client._twin.reported} if whole else None
+        self._reader = Reader(whole, client._keep, handed, client._keep_reported, old)
 
     def chunk(self, data: memoryview) -> None:
         if self._reader is not None:

@@ -126,6 +126,8 @@ def merge(target: object, patch: "dict[str, object]") -> "dict[str, object]":
 
 def same(one: object, other: object) -> bool:
     """Equal as JSON: unlike Python's ==, true is not 1. Where floats have 32 bits, seven digits count."""
+    if one is other:
+        return True
     if isinstance(one, dict):
         if not isinstance(other, dict) or len(one) != len(other):
             return False

@@ -7,7 +7,7 @@ for unknown escapes, which are refused or taken as patch.loads does; of what is 
 brackets are looked at.
 """
 
-from .patch import loads
+from .patch import loads, same
 
 const = int  # MicroPython's compiler puts the numbers in place of the names
 
@@ -16,6 +16,8 @@ _MAX_STRING = const(24576)  # bytes; the hub's 4096, each of them written as \u0
 _MAX_TOKEN = const(24640)  # with the space that may stand before a key's colon
 _MAX_NUMBER = const(400)  # bytes; without an exponent the largest double has 309
 _MAX_NESTING = const(20)  # as patch.loads has it
+_MAX_SHARED = const(64)  # keys and short strings of which there is but one
+_SHORT = const(24)  # bytes of those strings
 
 # What comes next. Up to _FIRST_VALUE a value can; from _FIRST_VALUE to _FIRST_KEY the end of the array or
 # object; from _FIRST_KEY to _SKIP a key.
@@ -42,6 +44,8 @@ class Reader:
     on_property: called with the path (tuple of str) and the value of every property that keep leaves out, as
     soon as it is read: an object's properties one by one, any other value whole. What it raises passes
     through feed().
+    old: the document as it was, {} if there is none. What has not changed is taken from there, so that old
+    and new together need hardly more memory than one; neither may be changed in place then.
 
     ValueError: the payload is no JSON object, is larger than 256 KiB, or nests deeper than 20. Nothing can be
     read after an error; what on_property was given until then belongs to no document.
@@ -53,6 +57,7 @@ class Reader:
         keep: "tuple[str, ...] | None" = None,
         on_property: object = None,
         reported: bool = False,
+        old: "dict[str, object] | None" = None,
     ) -> None:
         self._sections = 2 if twin else 1  # how deep the properties lie
         self._reported = reported
@@ -61,9 +66,11 @@ class Reader:
         self._size = 0
         self._tail = b""  # the beginning of a token
         self._next = _ROOT
-        # The objects and arrays that are being read, outermost first, each with the key of its next value and
-        # whether that goes to on_property. The innermost stands here between two chunks only.
-        self._stack: "list[tuple[object, str, bool]]" = [(None, "", False)]
+        # The objects and arrays that are being read, outermost first, each with the key of its next value,
+        # whether that goes to on_property, and what stood in this place of the old document. The innermost
+        # stands here between two chunks only.
+        self._stack: "list[tuple[object, str, bool, object]]" = [(None, "", False, {"": old})]
+        self._shared: "dict[object, object]" = {}
         # Skipping: the names to look for, None for any, and how many brackets are open.
         self._names: "list[bytes] | None" = None
         self._open = 0
@@ -79,7 +86,8 @@ class Reader:
         end = len(data)
         find = data.find
         stack = self._stack
-        into, key, handed = stack.pop()
+        shared = self._shared
+        into, key, handed, old = stack.pop()
         closer = 93 if type(into) is list else 125  # ] }
         value: object
         at = 0
@@ -123,6 +131,11 @@ class Reader:
                 if text and min(text) < 32:
                     raise ValueError("control character")
                 value = text.decode() if find(b"\\", at, stop) < 0 else loads(data[at : stop + 1])
+                if stop - at <= _SHORT:
+                    # The same few keys and words come again and again.
+                    if len(shared) == _MAX_SHARED:
+                        shared.clear()
+                    value = shared.setdefault(value, value)
                 at = after
                 if state >= _FIRST_KEY:
                     key = value  # type: ignore[assignment]  # a string was read
@@ -149,7 +162,7 @@ class Reader:
                 empty = state != _COMMA
                 state = _COMMA
                 value = into
-                into, key, handed = stack.pop()
+                into, key, handed, old = stack.pop()
                 closer = 93 if type(into) is list else 125
                 if not stack:
                     into = value
@@ -165,7 +178,8 @@ class Reader:
             elif (byte == 123 or byte == 91) and (state <= _FIRST_VALUE or state == _ROOT):  # { [
                 if len(stack) == _MAX_NESTING:
                     raise ValueError("nested too deep")
-                stack.append((into, key, handed))
+                stack.append((into, key, handed, old))
+                old = old.get(key) if type(old) is dict else None
                 at += 1
                 closer = byte + 2
                 if byte == 123:
@@ -190,10 +204,12 @@ class Reader:
                     raise ValueError("no JSON")
             else:
                 raise ValueError("no JSON")
+            if type(old) is dict and key in old and same(old[key], value):
+                value = old[key]
             if closer == 93:
                 into.append(value)  # type: ignore[attr-defined]  # its closer says that it is a list
             elif handed:
-                path = [outer for _, outer, _ in stack[self._sections :]]
+                path = [outer for _, outer, _, _ in stack[self._sections :]]
                 self._on_property(tuple(path + [key]), value)  # type: ignore[operator]  # there is no Callable here
             else:
                 into[key] = value  # type: ignore[index]  # its closer says that it is a dict
@@ -202,7 +218,7 @@ class Reader:
             raise ValueError("too long")
         self._tail = data[at:]
         self._next = state
-        stack.append((into, key, handed))
+        stack.append((into, key, handed, old))
 
     def end(self) -> "dict[str, object]":
         """The document, once every chunk was fed."""

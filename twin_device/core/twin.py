@@ -639,9 +639,9 @@ class Twin:
                 gap.append(kept)
         self._kept = gap
         change = diff(self.desired, desired)
-        self.desired = desired
         self.desired_version = version
         if change:
+            self.desired = desired
             out.append(DesiredChanged(change, desired))
         if gap or self._again:
             self._again = False
