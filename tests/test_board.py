@@ -15,6 +15,7 @@ import pytest
 import trustme
 
 from tests.app import App
+from tests.benchmarks.board import compile_package
 from tests.board import BoardClient, der
 from tests.twins import twin
 from tests.vm import ROOT, micropython, run, stage
@@ -370,13 +371,22 @@ def test_properties_are_handed_on_and_not_kept(make: Make, device: Device) -> No
     assert client.desired == {}
 
 
-def test_a_twin_that_does_not_fit_is_named(make: Make, hub: LocalHub) -> None:
+def test_a_twin_that_does_not_fit_is_named(hub: LocalHub, package: Path, tmp_path: Path) -> None:
     desired = twin(64)["desired"]
     del desired["$version"]
     device = hub.create_device("large", desired=desired)
-    client = make(device.plaintext_connection_string, tls=False, interpreter=("-X", "heapsize=140K"))
-    with pytest.raises(ConnectRefused, match=r"not synchronised.*: not enough memory"):
-        client.connect(timeout=3)
+    compile_package(package, tmp_path)
+    little = ("-X", "heapsize=180K")
+    client = BoardClient(device.plaintext_connection_string, tmp_path, tls=False, interpreter=little)
+    try:
+        with pytest.raises(ConnectRefused, match=r"not synchronised.*: not enough memory"):
+            client.connect(timeout=3)
+        # It lives, and works as soon as there is less.
+        device.replace_desired({"a": 1})
+        client.connect()
+        assert client.desired == {"a": 1}
+    finally:
+        assert client.end() == 0
 
 
 def test_without_the_reported_properties_reports_still_arrive_in_order(make: Make, device: Device) -> None:
@@ -428,6 +438,43 @@ def test_a_hub_that_tells_faster_than_handlers_take_gets_one_difference(
             document[name] = value
         assert document == desired
     assert count < 30
+
+
+def test_what_comes_while_handlers_catch_up_is_told_once_and_in_order(package: Path, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        """
+import asyncio
+from twin_device import TwinClient
+from twin_device.core.twin import DesiredChanged
+
+client = TwinClient("localhost", "dev", key="MDEy", tls=False)
+core = client._core()
+seen = []
+
+@client.on_desired
+async def changed(patch, desired):
+    seen.append((patch["n"], desired["n"]))
+    await asyncio.sleep_ms(2)
+
+async def main():
+    client._watcher = True
+    client._dispatcher = asyncio.create_task(client._dispatch())
+    for number in range(300):
+        core.desired = {"n": number}
+        client._tell(DesiredChanged(core.desired, core.desired))
+        if number % 2:
+            await asyncio.sleep_ms(1)
+    client._watcher = None
+    await client._dispatcher
+    numbers = [number for number, _ in seen]
+    wrong = [one for one in seen if one[0] != one[1]]
+    print(numbers == sorted(set(numbers)), numbers[-1], 20 < len(numbers) < 300, wrong)
+
+asyncio.run(main())
+"""
+    )
+    assert run(program, package).stdout == "True 299 True []\n"
 
 
 # ---------------------------------------------------------------------- what survives a reboot

@@ -3,8 +3,8 @@
     mpremote run selftest.py              after boot.py has brought up the network and the clock
     mpremote exec "import selftest; selftest.power_cut()"     pull the plug, then run it again
 
-It asks for nothing and changes nothing but the reported property `selftest`, which it removes in the end, and the
-file selftest.json. Everything is read from config.json, as main.py does.
+It asks for nothing and changes nothing but the reported property `selftest`, which it removes in the end,
+and the file selftest.json. Everything is read from config.json, as main.py does.
 """
 
 import asyncio

@@ -530,6 +530,8 @@ class TwinClient:
             # One for each setting at the most.
             kind = None
         alike = [index for index, waiting in enumerate(events) if type(waiting) is kind]
+        if alike and events[alike[-1]] is _WHATEVER:
+            return
         if len(alike) >= _MAX_EVENTS:
             if kind is DesiredChanged:
                 # The app gets one difference for this and all that follow.
@@ -620,6 +622,8 @@ class _Link:
         except (OSError, ValueError) as error:
             failed = self._failure(error)
         except MemoryError:
+            # What was to be told may be lost; the difference to what the app was given is not.
+            client._tell(_WHATEVER)
             failed = ConnectRefused("not enough memory to connect and to keep the twin")
         except Exception as error:
             # A bug costs a reconnect, and no more.
