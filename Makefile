@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check board-budget bench-hub scorecard chaos screenshot clean
+.PHONY: demo test check outage board-budget bench-hub scorecard chaos screenshot clean
 
 demo: .venv/installed
 	@$(BIN)/twin-device demo
@@ -31,6 +31,10 @@ scorecard: .venv/installed
 SEED ?= 1
 chaos: .venv/installed
 	@$(BIN)/python -m tests.chaos.run --seed $(SEED) $(if $(SECONDS),--seconds $(SECONDS))
+
+# 10,000 simulated clients come back after an outage; draws the image in README.
+outage: .venv/installed
+	@$(BIN)/python -m tests.outage
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -29,7 +29,7 @@ class Chance:
 
 
 class Clock:
-    """The time module as a board has it. year: what the clock says, None for the truth; epoch: 1970 or 2000.
+    """The time module as a board has it. year: that its clock says, None for the truth; epoch: 1970 or 2000.
 
     ticks: milliseconds before ticks_ms starts over.
     """
@@ -40,7 +40,8 @@ class Clock:
         self.ahead = 0 if ticks is None else _TICKS - ticks - clock.ticks_ms()
 
     def time(self):
-        return clock.time() - (946684800 if self.epoch == 2000 else 0)
+        now = clock.time() if self.year is None else (self.year - 1970) * 31557600
+        return now - (946684800 if self.epoch == 2000 else 0)
 
     def gmtime(self, seconds=None):
         if seconds == 0:

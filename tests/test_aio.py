@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -703,6 +704,21 @@ def test_a_wrong_key_is_told_at_once(local_hub: LocalHub, make: MakeClient, devi
             await client.connect()
         assert not raised.value.can_retry
         assert sockets_to(local_hub.mqtts_port) == []
+        assert device.connections == 0
+
+    run(test())
+
+
+def test_a_clock_that_cannot_be_right_is_named(
+    make: MakeClient, device: Device, mocker: MockerFixture
+) -> None:
+    early = SimpleNamespace(**{**vars(time), "time": lambda: 1.5e9, "gmtime": lambda: time.gmtime(1.5e9)})
+    mocker.patch.object(aio, "time", early)
+
+    async def test() -> None:
+        with pytest.raises(ConnectRefused, match="clock is not set, it says 2017-07-14, before") as raised:
+            await make(device).connect()
+        assert not raised.value.can_retry
         assert device.connections == 0
 
     run(test())

@@ -15,6 +15,7 @@ from tests.aio_app import BlockingClient, LoopThread
 from tests.app import App
 from tests.test_client import (  # noqa: F401  # pytest collects them here once more
     test_a_condition_that_does_not_hold_is_a_412,
+    test_a_fight_for_one_identity_is_told_once,
     test_a_module_has_a_twin_of_its_own,
     test_a_patch_that_the_app_changes_afterwards_is_sent_as_it_was,
     test_a_report_that_changes_nothing_is_answered_without_traffic,

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -470,6 +471,19 @@ def test_two_clients_with_one_identity_do_not_fight_hot(make_app: MakeApp, devic
     assert device.connections < 40
 
 
+def test_a_fight_for_one_identity_is_told_once(make_app: MakeApp, device: Device) -> None:
+    one, other = make_app(device), make_app(device)
+    one.client.connect()
+    other.client.connect(wait=False)
+    error = one.next_error()
+    other.client.close()
+    assert isinstance(error, ConnectRefused)
+    assert "does another client use this identity?" in str(error)
+    assert error.can_retry
+    wait_until(lambda: one.client.state == "synchronised", "the one that is left comes back")
+    assert one.errors.empty()
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_run_forever_ends_at_a_signal(local_hub: LocalHub, device: Device, number: signal.Signals) -> None:
@@ -525,6 +539,20 @@ def test_a_key_that_becomes_right_is_tried_again_by_hand(local_hub: LocalHub, de
     device.enable()
     with client:
         assert client.report({"a": 1}) == 2
+
+
+def test_a_clock_that_cannot_be_right_is_named(
+    local_hub: LocalHub, device: Device, mocker: MockerFixture
+) -> None:
+    early = SimpleNamespace(**{**vars(time), "time": lambda: 1.5e9, "gmtime": lambda: time.gmtime(1.5e9)})
+    mocker.patch.object(client_module, "time", early)
+    client = TwinClient.from_connection_string(
+        device.connection_string, ca_file=local_hub.ca_file, timeout=PATIENCE
+    )
+    with pytest.raises(ConnectRefused, match="clock is not set, it says 2017-07-14, before") as raised:
+        client.connect()
+    assert not raised.value.can_retry
+    assert device.connections == 0
 
 
 def test_an_unknown_ca_is_told_at_once(device: Device) -> None:

@@ -1722,6 +1722,34 @@ def test_4_2_backoff_starts_over_after_a_minute_synchronised(lived, starts_over)
         assert waits == [500, 1000, 2000, 4000, 8000, 16000]
 
 
+def test_4_2_a_fight_for_one_identity_is_told_once_and_again_after_peace():
+    bench = bench_in("dialling")
+    told = []
+
+    def lose(lived):
+        connect_and_lose(bench, lived)
+        told.append([str(error) for error in bench.errors()])
+        assert all(error.can_retry for error in bench.errors())
+        bench.tick()
+
+    for lived in (0, MINUTE - 1, 0, 0, 0, MINUTE, 0, 0, 0):
+        lose(lived)
+    fights = [[], [], ["fight"], [], [], [], [], [], ["fight"]]
+    assert [["fight" for text in texts if "does another client" in text] for texts in told] == fights
+
+
+def test_4_2_what_the_client_ends_itself_is_no_fight():
+    bench = bench_in("synchronised")
+    for _ in range(5):
+        bench.stop()
+        bench.start()
+        bench.connected()
+        bench.subscribed()
+        bench.document()
+        assert bench.errors() == []
+    assert bench.twin.statistics["last_error"] is None
+
+
 def test_4_2_a_minute_without_being_synchronised_does_not_count():
     def never_synchronised(bench):
         bench.connected()

@@ -33,7 +33,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 from . import __version__
 from .core import settings, twin
-from .core.credentials import Credentials, connection_string_fields, decode_key
+from .core.credentials import Credentials, check_clock, connection_string_fields, decode_key
 from .core.errors import (
     ConnectRefused,
     LocalError,
@@ -671,7 +671,7 @@ class TwinClient:
             self._put(output)
 
     def _failed(self, error: Exception) -> None:
-        if isinstance(error, ConnectRefused):
+        if isinstance(error, ConnectRefused) and not error.can_retry:
             self._refused = error
             _wake(self._changed)
             if self._waiting:
@@ -739,6 +739,7 @@ class TwinClient:
         _log.debug("%s: connecting to %s", self._credentials.client_id, where)
         error: TwinError
         try:
+            check_clock(int(time.time()), time.strftime("%Y-%m-%d", time.gmtime()))
             connected = await _connected(
                 self._host, self._port, self._context, time.monotonic() + self._timeout / 3
             )
@@ -747,6 +748,8 @@ class TwinClient:
             password = self._credentials.password(int(time.time() + self._token_lifetime))
             link.connect(self._credentials.client_id, self._user_name, password)
             self._arm()
+        except ConnectRefused as refusal:
+            error = refusal
         except ssl.SSLCertVerificationError as failure:
             error = ConnectRefused(
                 f"the certificate of {where} is not to be trusted: {failure.verify_message}", False

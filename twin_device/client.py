@@ -28,7 +28,7 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 
 from . import __version__
 from .core import settings, twin
-from .core.credentials import Credentials, connection_string_fields, decode_key
+from .core.credentials import Credentials, check_clock, connection_string_fields, decode_key
 from .core.errors import (
     ConnectRefused,
     LocalError,
@@ -576,7 +576,7 @@ class TwinClient:
             self._events.put(output)
 
     def _failed(self, error: Exception) -> None:
-        if isinstance(error, ConnectRefused):
+        if isinstance(error, ConnectRefused) and not error.can_retry:
             self._refused = error
             self._changed.notify_all()
             if self._waiting:
@@ -856,6 +856,11 @@ class _Network(threading.Thread):
 
     def _connect(self) -> None:
         client = self._client
+        try:
+            check_clock(int(time.time()), time.strftime("%Y-%m-%d", time.gmtime()))
+        except ConnectRefused as error:
+            self._lose(error)
+            return
         expiry = int(time.time() + client._token_lifetime)
         self._mqtt.username_pw_set(client._user_name, client._credentials.password(expiry))
         where = client._where

@@ -13,7 +13,7 @@ import gc
 import random
 import time
 
-from .core.credentials import Credentials, connection_string_fields, decode_key
+from .core.credentials import Credentials, check_clock, connection_string_fields, decode_key
 from .core.errors import (
     ConnectRefused,
     LocalError,
@@ -57,7 +57,6 @@ const = int  # MicroPython's compiler puts the numbers in place of the names
 
 _MAX_KEEP_ALIVE = const(1177)  # the hub's own limit
 _FLUSH = const(5000)  # milliseconds that close() waits for reports on their way
-_LEAST_YEAR = const(2024)  # boards begin in 2000 or 2021
 _MAX_EVENTS = const(16)  # of each kind, for handlers that do not keep up
 _MAX_BACKLOG = const(65536)  # bytes that a connection does not take
 _JOINED = const(512)  # bytes: a payload up to this is sent in one write with its head
@@ -457,7 +456,7 @@ class TwinClient:
                     if output.new == SYNCHRONISED:
                         self._refused = None
                     self._progress.set()
-                elif kind is Failed and isinstance(output.error, ConnectRefused):
+                elif kind is Failed and getattr(output.error, "can_retry", True) is False:
                     self._refused = output.error
                     self._progress.set()
                     if self._waiting:
@@ -646,11 +645,10 @@ class _Link:
 
     async def _read(self) -> None:
         client = self._client
-        year = time.gmtime()[0]
-        if year < _LEAST_YEAR:
-            raise ConnectRefused(
-                "the clock is not set, it says " + str(year) + ": set it first, by ntptime", False
-            )
+        now = int(time.time())
+        if time.gmtime(0)[0] == 2000:
+            now += 946684800
+        check_clock(now, str(time.gmtime()[0]))
         # TLS wants its memory in large pieces.
         gc.collect()
         credentials = client._credentials
@@ -660,8 +658,7 @@ class _Link:
         self._stream = stream = (await asyncio.open_connection(credentials.dialled, client._port, **options))[
             0
         ]
-        epoch = 946684800 if time.gmtime(0)[0] == 2000 else 0
-        password = credentials.password(int(time.time()) + epoch + client._token_lifetime)
+        password = credentials.password(now + client._token_lifetime)
         self._send(connect(credentials.client_id, client._user_name, password, client._keep_alive))
         password = None
         receiver = Receiver(self)

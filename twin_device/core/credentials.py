@@ -7,9 +7,11 @@ MQTT protocol".
 import binascii
 import hashlib
 
-from .errors import LocalError
+from .errors import ConnectRefused, LocalError
 
 API_VERSION = "2021-04-12"
+# Unix seconds: 2026-11-01. What a clock says is before this version was made, it cannot be right.
+MADE = 1793491200
 
 _DIGITS = "0123456789"
 _LETTERS_AND_DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz" + _DIGITS
@@ -91,6 +93,17 @@ class Credentials:
         if self.module_id is not None:
             resource += "/modules/" + self.module_id
         return sas_token(resource, self.key, expiry, self.policy)
+
+
+def check_clock(now: int, date: str) -> None:
+    """Raise ConnectRefused if a clock cannot be right, by which a token or a certificate is to be dated.
+
+    now: what it says, in Unix seconds; date: the same, for a person.
+    """
+    if now < MADE:
+        raise ConnectRefused(
+            "the clock is not set, it says " + date + ", before this version was made: set it, by NTP", False
+        )
 
 
 def from_connection_string(text: str) -> Credentials:

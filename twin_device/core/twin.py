@@ -68,6 +68,12 @@ _SLOW_CAP = const(900000)
 _STABLE = const(60000)
 _CONNECT_TIMEOUT = const(60000)  # the hub delays CONNACK when it is throttled
 
+_TAKEN_OVER = const(3)
+_TAKEN_OVER_TEXT = (
+    "3 connections in a row were ended within a minute: does another client use this identity? "
+    "Each new connection ends the one before"
+)
+
 _MAX_KEPT = const(64)  # notifications kept before the document
 _MAX_PARTS = const(32)  # reports kept apart, so that a refusal hits only the one that earned it
 _MAX_QUEUE = const(1024)
@@ -145,6 +151,8 @@ class Twin:
         self._connect_tries = 0
         self._lost = 0
         self._stable_at: "int | None" = None
+        # Connections in a row that were synchronised and did not live for _STABLE.
+        self._short = 0
         self._renew_at: "int | None" = None
         # True once the renewal is due: it waits for what is in flight, and nothing more is sent.
         self._renewing = False
@@ -296,7 +304,13 @@ class Twin:
         """The connection was lost, or could not be made. error: why, where that is known."""
         out: "list[object]" = []
         if self._running and (self.state != OFFLINE or self._connect_at is None):
+            young = self._stable_at is not None and now < self._stable_at
             self._lose(now, jitter, error, out)
+            if young:
+                self._short += 1
+                if self._short == _TAKEN_OVER:
+                    # Told once: the newest connection of an identity ends the one before it.
+                    self._fail(ConnectRefused(_TAKEN_OVER_TEXT), out)
         return out
 
     def subscribed(self, granted: "tuple[int, ...]", now: int, jitter: float) -> "list[object]":
@@ -481,7 +495,7 @@ class Twin:
 
     def _leave(self, out: "list[object]", now: int = 0) -> None:
         if self._stable_at is not None and now >= self._stable_at:
-            self._connect_tries = 0
+            self._connect_tries = self._short = 0
         # The answers of this connection will not come: what was asked is asked again on the next one.
         self._get = None
         self._requeue()
