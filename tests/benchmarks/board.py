@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +27,7 @@ APP = Path(__file__).parent / "board_app.py"
 PATCHES = 20
 RECONNECTS = 3
 MOST_MPY = 14 * 1024
+PATIENCE = 3  # seconds without any progress: it hangs for want of memory
 # Not needed by an app that declares no setting and has no store.
 OPTIONAL = ("core/settings.mpy", "store.mpy")
 
@@ -141,36 +141,32 @@ def _holds(process: "subprocess.Popen[str]", device: Device) -> bool:
         lines.put("ended")
 
     threading.Thread(target=read, daemon=True).start()
-
-    def synchronised() -> bool:
-        end = time.monotonic() + 20
-        while True:
-            line = lines.get(timeout=max(0.01, end - time.monotonic()))
-            if line == "synchronised":
-                return True
-            if line == "ended" or "memory" in line:
-                return False
-
     rounds = itertools.count(1)
 
-    def patch() -> None:
+    def until(wanted: str) -> bool:
+        # A connection that is lost without our doing was lost for want of memory.
+        while (line := lines.get(timeout=PATIENCE)) != wanted:
+            if line in ("ended", "offline") or "memory" in line:
+                return False
+        return True
+
+    def patch() -> bool:
         number = next(rounds)
         device.patch_desired({"round": number})
-        device.wait_for({"round": number}, timeout=5)
+        return until(f"reported {number}")
+
+    def reconnect() -> bool:
+        device.disconnect()
+        return until("offline") and until("synchronised") and patch()
 
     try:
-        if not synchronised():
-            return False
-        for _ in range(PATCHES):
-            patch()
-        for _ in range(RECONNECTS):
-            device.disconnect()
-            if not synchronised():
-                return False
-            patch()
-    except (queue.Empty, TimeoutError):
+        return (
+            until("synchronised")
+            and all(patch() for _ in range(PATCHES))
+            and all(reconnect() for _ in range(RECONNECTS))
+        )
+    except queue.Empty:
         return False
-    return True
 
 
 def main() -> int:
