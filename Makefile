@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check outage board-budget bench-hub scorecard chaos screenshot clean
+.PHONY: demo test check outage mpy board-budget bench-hub scorecard chaos screenshot clean
 
 demo: .venv/installed
 	@$(BIN)/twin-device demo
@@ -18,6 +18,10 @@ check: test .venv/checks
 # What one hub process holds; mosquitto beside it if it is installed.
 bench-hub: .venv/installed
 	@$(BIN)/python -m tests.benchmarks.hub
+
+# The package of .mpy that boards load, in build/mpy: mpremote cp -r build/mpy/twin_device :lib/
+mpy: .venv/installed
+	@$(BIN)/python micropython/build.py build/mpy
 
 # Bytes of .mpy and smallest heaps of the board's client; 1 if a budget does not hold.
 board-budget: .venv/installed

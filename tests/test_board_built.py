@@ -1,0 +1,91 @@
+"""The package of `make mpy` does what its sources do: the vectors, and tests of the client."""
+
+import ast
+import importlib.util
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.test_board_shared import make_app  # noqa: F401  # a fixture, with this file's package
+from tests.test_client import (  # noqa: F401  # pytest collects them here once more
+    test_a_condition_that_does_not_hold_is_a_412,
+    test_a_report_that_changes_nothing_is_answered_without_traffic,
+    test_a_setting_goes_through_pending_to_success_and_failure,
+    test_an_invalid_patch_names_its_path_and_changes_nothing,
+    test_desired_patches_arrive_whole_and_in_order,
+    test_every_call_on_a_closed_or_unconnected_client_says_so,
+    test_reports_made_offline_leave_as_one_patch,
+    test_what_changed_while_offline_is_one_exact_difference,
+)
+from tests.test_faults import (  # noqa: F401  # as above
+    test_a_refused_report_is_told_and_holds_nothing_up,
+    test_an_app_that_is_refused_is_told_at_once,
+)
+from tests.vm import ROOT, build, micropython
+
+VECTORS = Path(__file__).parent / "vectors"
+MODULES = ("credentials", "errors", "patch", "topics")
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("built"))
+
+
+@pytest.fixture(scope="module")
+def builder():
+    spec = importlib.util.spec_from_file_location("build", ROOT / "micropython" / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def lines(interpreter, variable, folder):
+    command = [interpreter, str(folder / "run.py"), str(VECTORS)]
+    environment = {variable: f"{folder}:.frozen", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr + done.stdout[-2000:]
+    return done.stdout.splitlines()
+
+
+def test_every_vector_holds(builder, tmp_path):
+    """The script of the vectors with the names that the package has; what it calls by name stays in it."""
+    tree = ast.parse((VECTORS / "run.py").read_text("utf-8"))
+    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    direct = {node for node in attributes if isinstance(node.value, ast.Name) and node.value.id in MODULES}
+    names = {node.attr for node in direct}
+    package = builder.build(tmp_path, ("stop", "abandon", "Reader", "Twin", "on_property", *names))
+    for node in set(attributes) - direct:
+        node.attr = package.attributes.get(node.attr, node.attr)
+    (tmp_path / "run.py").write_text(ast.unparse(tree))
+    core = tmp_path / "core"
+    core.mkdir()
+    (core / "__init__.py").write_text("")
+    (core / "settings.py").write_text("from twin_device.settings import Settings\n")
+    for name in (*MODULES, "stream", "twin"):
+        (core / f"{name}.py").write_text("from twin_device import *\n")
+    found = lines(micropython(), "MICROPYPATH", tmp_path)
+    assert [line for line in found if not line.endswith(" PASS")] == ["failed: 0"]
+    assert len(found) > 500
+
+
+def face(path):
+    """The public functions of TwinClient, and what their arguments are called."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ClassDef) and node.name == "TwinClient":
+            functions = [
+                each for each in node.body if isinstance(each, (ast.FunctionDef, ast.AsyncFunctionDef))
+            ]
+    return {
+        node.name: [each.arg for each in (*node.args.args[1:], *node.args.kwonlyargs)]
+        for node in functions
+        if not node.name.startswith("_") or node.name == "__init__"
+    }
+
+
+def test_an_app_finds_every_name(builder, tmp_path):
+    builder.build(tmp_path)
+    made = face(tmp_path / "twin_device" / "__init__.py")
+    source = face(ROOT / "micropython" / "twin_device" / "client.py")
+    assert {name: made[name] for name in source} == source
