@@ -820,7 +820,7 @@ def test_a_name_without_an_address_is_told(mocker: MockerFixture) -> None:
         mocker.patch.object(socket, "getaddrinfo", side_effect=failure)
         client = TwinClient("no-such-hub.example", "dev-1", key=KEY)
         with pytest.raises(ConnectRefused, match="Name or service not known"):
-            await client.connect(timeout=0.2)
+            await client.connect(timeout=1)
 
     run(test())
 
@@ -1338,18 +1338,6 @@ def test_no_secret_reaches_a_log_or_a_repr(
     assert "$iothub/twin/PATCH/properties/reported" in caplog.text
     assert key not in shown
     assert not re.search("sig=|SharedAccessSignature", shown)
-
-
-def test_clients_share_a_context_only_where_the_trust_is_the_same(
-    local_hub: LocalHub, tmp_path: Path
-) -> None:
-    ca = local_hub.ca_file
-    first = aio._tls_context(ca)
-    assert aio._tls_context(str(ca)) is first
-    assert first.minimum_version.name == "TLSv1_2"
-    copy = tmp_path / "ca.pem"
-    copy.write_bytes(Path(ca).read_bytes())
-    assert aio._tls_context(copy) is not first
 
 
 def test_an_idle_client_has_no_task(make: MakeClient, device: Device) -> None:

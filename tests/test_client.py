@@ -702,16 +702,6 @@ def test_plaintext_off_loopback_is_warned_about(
     client.disconnect()
 
 
-def test_clients_of_one_process_share_a_trust_store(local_hub: LocalHub, tmp_path: Any) -> None:
-    ca = local_hub.ca_file
-    first = client_module._tls_context(ca)
-    assert client_module._tls_context(str(ca)) is first
-    assert first.minimum_version.name == "TLSv1_2"
-    copy = tmp_path / "ca.pem"
-    copy.write_bytes(Path(ca).read_bytes())
-    assert client_module._tls_context(copy) is not first
-
-
 def test_no_secret_reaches_a_log_or_a_repr(
     make_app: MakeApp, device: Device, caplog: pytest.LogCaptureFixture
 ) -> None:

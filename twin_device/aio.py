@@ -32,6 +32,7 @@ from types import TracebackType
 from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 from . import __version__
+from . import tls as tls_files
 from .core import settings, twin
 from .core.credentials import Credentials, check_clock, connection_string_fields, decode_key
 from .core.errors import (
@@ -205,7 +206,8 @@ class TwinClient:
         device_id: str,
         *,
         module_id: str | None = None,
-        key: str | bytes,
+        key: str | bytes | None = None,
+        certificate: tls_files.Certificate | None = None,
         gateway: str | None = None,
         policy: str | None = None,
         port: int = _MQTTS_PORT,
@@ -226,6 +228,12 @@ class TwinClient:
             raise LocalError(f"token_lifetime is a positive number of seconds, not {token_lifetime}")
         if not 0 < port < 65536:
             raise LocalError(f"port is from 1 to 65535, not {port}")
+        if (key is None) is (certificate is None):
+            raise LocalError("give the identity's key or its certificate: certificate=(file, key file)")
+        if certificate is not None and not tls:
+            raise LocalError("a certificate needs tls")
+        if isinstance(certificate, ssl.SSLContext) and ca_file is not None:
+            raise LocalError("ca_file: the context that is given as certificate says whom to trust")
         key = decode_key(key) if isinstance(key, str) else key
         credentials = Credentials(host, device_id, module_id, key, gateway, policy=policy)
         self._credentials = credentials
@@ -236,6 +244,7 @@ class TwinClient:
             self._port = credentials.port or (_MQTTS_PORT if tls else _MQTT_PORT)
         self._where = f"{self._host}:{self._port}"
         self._ca_file = ca_file
+        self._certificate = certificate
         self._tls = tls
         self._timeout = float(timeout)
         self._keep_alive = int(keep_alive)
@@ -403,12 +412,14 @@ class TwinClient:
 
     def _start(self) -> None:
         """Want a connection from now on, if that is new."""
-        if self._tls and self._context is None:
-            self._context = _tls_context(self._ca_file)
         if self._closed:
             raise NotConnected("this client is closed; make a new one")
         if self._loop is not None:
             return
+        if self._tls:
+            # Files that cannot be right are the caller's; that a certificate has expired the dial tells.
+            with contextlib.suppress(ConnectRefused):
+                self._context = tls_files.context(self._ca_file, self._certificate)
         loop = asyncio.get_running_loop()
         if isinstance(loop, getattr(asyncio, "ProactorEventLoop", ())):
             raise LocalError("this event loop cannot watch sockets: use a selector event loop")
@@ -740,22 +751,25 @@ class TwinClient:
         error: TwinError
         try:
             check_clock(int(time.time()), time.strftime("%Y-%m-%d", time.gmtime()))
+            if self._tls:
+                # Anew each time: files that were replaced, as certificates are, count from the next dial on.
+                self._context = tls_files.context(self._ca_file, self._certificate)
             connected = await _connected(
                 self._host, self._port, self._context, time.monotonic() + self._timeout / 3
             )
             # Nothing is awaited from here on: the socket is either closed or the client's.
             link = self._link = _Link(self, connected)
-            password = self._credentials.password(int(time.time() + self._token_lifetime))
+            password = None
+            if self._certificate is None:
+                password = self._credentials.password(int(time.time() + self._token_lifetime))
             link.connect(self._credentials.client_id, self._user_name, password)
             self._arm()
+        except LocalError as failure:
+            error = ConnectRefused(f"cannot connect to {where}: {failure}", False)
         except ConnectRefused as refusal:
             error = refusal
-        except ssl.SSLCertVerificationError as failure:
-            error = ConnectRefused(
-                f"the certificate of {where} is not to be trusted: {failure.verify_message}", False
-            )
         except OSError as failure:
-            error = ConnectRefused(f"cannot connect to {where}: {failure.strerror or failure}")
+            error = tls_files.refusal(where, failure)
         except Exception as failure:  # noqa: BLE001  # a bug costs a reconnect, never the client
             error = self._unexpected(failure)
         else:
@@ -779,7 +793,8 @@ class TwinClient:
         """CONNACK with this return code."""
         now, jitter = _now(), random.random()
         if code == 0:
-            self._perform(self._twin.connected(now, jitter, int(self._token_lifetime * 1000)))
+            lifetime = int(self._token_lifetime * 1000) if self._certificate is None else None
+            self._perform(self._twin.connected(now, jitter, lifetime))
             return
         if self._link is not None:
             self._link.close()
@@ -912,15 +927,15 @@ class _Link:
 
     # Writing. A failure is told in the loop's next round, since the core may be waiting for its outputs.
 
-    def connect(self, client_id: str, user_name: str, password: str) -> None:
-        # 3.1.2: protocol level 4; user name, password, no clean session; and no will.
+    def connect(self, client_id: str, user_name: str, password: str | None) -> None:
+        # 3.1.2: protocol level 4; user name, password if there is one, no clean session; and no will.
         self._send(
             _CONNECT,
-            b"\x00\x04MQTT\x04\xc0",
+            b"\x00\x04MQTT\x04\x80" if password is None else b"\x00\x04MQTT\x04\xc0",
             struct.pack("!H", self._keep_alive // 1000),
             _text(client_id),
             _text(user_name),
-            _text(password),
+            b"" if password is None else _text(password),
         )
 
     def subscribe(self, filters: tuple[str, ...]) -> None:
@@ -1352,28 +1367,3 @@ def _copied(document: Any) -> Any:
 
 def _is_loopback(host: str) -> bool:
     return host == "localhost" or host == "::1" or host.startswith("127.")
-
-
-# A trust store takes megabytes and milliseconds: the clients of one process share it.
-_contexts: "weakref.WeakValueDictionary[tuple[object, ...], ssl.SSLContext]" = weakref.WeakValueDictionary()
-_contexts_lock = threading.Lock()
-
-
-def _tls_context(ca_file: str | os.PathLike[str] | None) -> ssl.SSLContext:
-    key: tuple[object, ...] = ()
-    try:
-        if ca_file is not None:
-            # A file that was replaced is another file.
-            found = os.stat(ca_file)
-            key = (os.path.abspath(ca_file), found.st_mtime_ns, found.st_size, found.st_ino)
-        with _contexts_lock:
-            context = _contexts.get(key)
-            if context is None:
-                context = ssl.create_default_context(cafile=ca_file)
-                context.minimum_version = ssl.TLSVersion.TLSv1_2
-                _contexts[key] = context
-    except ssl.SSLError:
-        raise LocalError(f"ca_file {os.fspath(ca_file or '')!r} holds no certificate in PEM form") from None
-    except OSError as error:
-        raise LocalError(f"ca_file {os.fspath(ca_file or '')!r} cannot be read: {error.strerror}") from None
-    return context

@@ -18,7 +18,6 @@ import socket
 import ssl
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,6 +26,7 @@ import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 
 from . import __version__
+from . import tls as tls_files
 from .core import settings, twin
 from .core.credentials import Credentials, check_clock, connection_string_fields, decode_key
 from .core.errors import (
@@ -132,7 +132,10 @@ class TwinClient:
     """One device's or module's twin.
 
     host: the hub's name, a port may follow (`localhost:18883`); the port is dialled and left out of user
-    name and token. key: the identity's key, in base64 or decoded. gateway: the name to dial instead of host.
+    name and token. key: the identity's key, in base64 or decoded. certificate: in its place, for X.509: the
+    files (PEM) of the certificate and of its key, and the key's password if it has one, or an ssl.SSLContext
+    that presents it and knows whom to trust; files that are replaced count from the next connection on.
+    gateway: the name to dial instead of host.
     policy: the name of the hub's policy whose key it is. Options, times in seconds:
 
     port: used where host has none; 8883, or 1883 with tls=False. ca_file: PEM file to trust instead of the
@@ -159,7 +162,8 @@ class TwinClient:
         device_id: str,
         *,
         module_id: str | None = None,
-        key: str | bytes,
+        key: str | bytes | None = None,
+        certificate: tls_files.Certificate | None = None,
         gateway: str | None = None,
         policy: str | None = None,
         port: int = _MQTTS_PORT,
@@ -180,6 +184,12 @@ class TwinClient:
             raise LocalError(f"token_lifetime is a positive number of seconds, not {token_lifetime}")
         if not 0 < port < 65536:
             raise LocalError(f"port is from 1 to 65535, not {port}")
+        if (key is None) is (certificate is None):
+            raise LocalError("give the identity's key or its certificate: certificate=(file, key file)")
+        if certificate is not None and not tls:
+            raise LocalError("a certificate needs tls")
+        if isinstance(certificate, ssl.SSLContext) and ca_file is not None:
+            raise LocalError("ca_file: the context that is given as certificate says whom to trust")
         key = decode_key(key) if isinstance(key, str) else key
         credentials = Credentials(host, device_id, module_id, key, gateway, policy=policy)
         self._credentials = credentials
@@ -190,6 +200,7 @@ class TwinClient:
             self._port = credentials.port or (_MQTTS_PORT if tls else _MQTT_PORT)
         self._where = f"{self._host}:{self._port}"
         self._ca_file = ca_file
+        self._certificate = certificate
         self._tls = tls
         self._timeout = float(timeout)
         self._keep_alive = int(keep_alive)
@@ -334,8 +345,10 @@ class TwinClient:
         ca_file.
         """
         deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
-        if self._tls and self._context is None:
-            self._context = _tls_context(self._ca_file)
+        if self._tls:
+            # Files that cannot be right are the caller's; that a certificate has expired the dial tells.
+            with contextlib.suppress(ConnectRefused):
+                self._context = tls_files.context(self._ca_file, self._certificate)
         with self._lock:
             if self._closed:
                 raise NotConnected("this client is closed; make a new one")
@@ -856,28 +869,28 @@ class _Network(threading.Thread):
 
     def _connect(self) -> None:
         client = self._client
+        where = client._where
         try:
             check_clock(int(time.time()), time.strftime("%Y-%m-%d", time.gmtime()))
+            if client._tls:
+                # Anew each time: files that were replaced, as certificates are, count from the next dial on.
+                client._context = tls_files.context(client._ca_file, client._certificate)
+        except LocalError as error:
+            self._lose(ConnectRefused(f"cannot connect to {where}: {error}", False))
+            return
         except ConnectRefused as error:
             self._lose(error)
             return
         expiry = int(time.time() + client._token_lifetime)
-        self._mqtt.username_pw_set(client._user_name, client._credentials.password(expiry))
-        where = client._where
+        password = client._credentials.password(expiry) if client._certificate is None else None
+        self._mqtt.username_pw_set(client._user_name, password)
         _log.debug("%s: connecting to %s", client._credentials.client_id, where)
         try:
             self._mqtt.reconnect()
         except _Cancelled:
             return
-        except ssl.SSLCertVerificationError as error:
-            refusal = ConnectRefused(
-                f"the certificate of {where} is not to be trusted: {error.verify_message}", False
-            )
         except OSError as error:
-            refusal = ConnectRefused(f"cannot connect to {where}: {error.strerror or error}")
-        else:
-            return
-        self._lose(refusal)
+            self._lose(tls_files.refusal(where, error))
 
     def _dial(self) -> socket.socket:
         """A connected socket, with TLS if wanted, within the time of one request. Any wake-up that wants the
@@ -959,7 +972,8 @@ class _Network(threading.Thread):
             code = _RETURN_CODES.get(reason_code.value, 1)
             now, jitter = _now(), random.random()
             if code == 0:
-                lifetime = int(self._client._token_lifetime * 1000)
+                certified = self._client._certificate is not None
+                lifetime = None if certified else int(self._client._token_lifetime * 1000)
                 self._client._perform(self._twin.connected(now, jitter, lifetime))
             else:
                 self._client._perform(self._twin.refused(code, now, jitter))
@@ -994,28 +1008,3 @@ def _copied(document: Any) -> Any:
 
 def _is_loopback(host: str) -> bool:
     return host == "localhost" or host == "::1" or host.startswith("127.")
-
-
-# A trust store takes megabytes and milliseconds: the clients of one process share it.
-_contexts: "weakref.WeakValueDictionary[tuple[object, ...], ssl.SSLContext]" = weakref.WeakValueDictionary()
-_contexts_lock = threading.Lock()
-
-
-def _tls_context(ca_file: str | os.PathLike[str] | None) -> ssl.SSLContext:
-    key: tuple[object, ...] = ()
-    try:
-        if ca_file is not None:
-            # A file that was replaced is another file.
-            found = os.stat(ca_file)
-            key = (os.path.abspath(ca_file), found.st_mtime_ns, found.st_size, found.st_ino)
-        with _contexts_lock:
-            context = _contexts.get(key)
-            if context is None:
-                context = ssl.create_default_context(cafile=ca_file)
-                context.minimum_version = ssl.TLSVersion.TLSv1_2
-                _contexts[key] = context
-    except ssl.SSLError:
-        raise LocalError(f"ca_file {os.fspath(ca_file or '')!r} holds no certificate in PEM form") from None
-    except OSError as error:
-        raise LocalError(f"ca_file {os.fspath(ca_file or '')!r} cannot be read: {error.strerror}") from None
-    return context

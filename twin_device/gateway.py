@@ -21,7 +21,8 @@ from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
 
-from .aio import TwinClient, _Signals, _signals, _tls_context, _Waiters, _wake, _woken
+from . import tls as tls_files
+from .aio import TwinClient, _Signals, _signals, _Waiters, _wake, _woken
 from .core.errors import ConnectRefused, LocalError, NotConnected, TwinError
 
 __all__ = ["DeviceStatus", "GatewaySummary", "TwinGateway"]
@@ -272,7 +273,7 @@ class TwinGateway:
             return
         if self._options.get("tls", True):
             # One for all: the clients find it in aio's cache for as long as it is held here.
-            self._context = _tls_context(self._options.get("ca_file"))
+            self._context = tls_files.context(self._options.get("ca_file"))
         self._running = True
         try:
             for member in self._members.values():

@@ -140,11 +140,13 @@ def connection_string_fields(text: str) -> "dict[str, object]":
         if not value:
             raise LocalError(name + " is empty" + where)
         values[name] = value
-    for name in ("x509", "SharedAccessSignature"):
-        if name in values:
-            raise LocalError(name + " in a connection string is not supported: SharedAccessKey is")
+    if "SharedAccessSignature" in values:
+        raise LocalError("SharedAccessSignature in a connection string is not supported: SharedAccessKey is")
+    certified = values.get("x509", "").lower() == "true"
+    if certified and "SharedAccessKey" in values:
+        raise LocalError("x509=true and SharedAccessKey exclude each other" + where)
     for name in ("HostName", "DeviceId", "SharedAccessKey"):
-        if name not in values:
+        if name not in values and not (certified and name == "SharedAccessKey"):
             hint = ""
             if name == "DeviceId" and "SharedAccessKeyName" in values:
                 hint = ": this is a service's, a device's is needed"
@@ -153,7 +155,7 @@ def connection_string_fields(text: str) -> "dict[str, object]":
         "host": values["HostName"],
         "device_id": values["DeviceId"],
         "module_id": values.get("ModuleId"),
-        "key": decode_key(values["SharedAccessKey"]),
+        "key": None if certified else decode_key(values["SharedAccessKey"]),
         "gateway": values.get("GatewayHostName"),
         "policy": values.get("SharedAccessKeyName"),
     }

@@ -294,7 +294,8 @@ class Twin:
             why = (
                 "the hub refused the credentials (CONNACK "
                 + str(return_code)
-                + "): check the key and the clock, and that the identity exists and is enabled"
+                + "): check the key and the clock, or the certificate and its thumbprint, "
+                + "and that the identity exists and is enabled"
             )
         else:
             why = "the hub refused the connection (CONNACK " + str(return_code) + ")"
