@@ -1080,8 +1080,10 @@ class Connection(asyncio.BufferedProtocol):
         if late:
             self._later(late["seconds_late"], self.deliver, _RESPONSE_FILTER, topic, body)
             return
+        # Counted before the client can act on the first of the two.
+        doubled = take("answer_doubled", self._id, operation)
         self.deliver(_RESPONSE_FILTER, topic, body)
-        if take("answer_doubled", self._id, operation):
+        if doubled:
             self.deliver(_RESPONSE_FILTER, topic, body)
 
     def _outcome(self, operation: str, payload: bytes, version: int | None) -> tuple[int, bytes, int | None]:
