@@ -155,6 +155,22 @@ def test_fifty_reports_while_one_is_in_flight_are_one_more_patch(
     }
 
 
+def test_fifty_reports_at_once_are_two_patches_at_most(device: Device, app: App) -> None:
+    for burst in range(20):
+        device.clear_packets()
+        reports = [app.client.report({"n": n, "burst": burst}, wait=False) for n in range(50)]
+        for report in reports:
+            report.wait()
+        assert len(reported_patches(device)) <= 2
+        assert device.reported == {"n": 49, "burst": burst}
+
+
+def test_a_burst_that_nobody_waits_for_arrives(device: Device, app: App) -> None:
+    for n in range(50):
+        app.client.report({"n": n}, wait=False)
+    device.wait_for({"n": 49}, PATIENCE)
+
+
 def test_reports_made_offline_leave_as_one_patch(local_hub: LocalHub, device: Device, app: App) -> None:
     local_hub.stop_listening()
     app.await_state("offline")
@@ -1281,3 +1297,77 @@ def test_7_kill_9_during_many_reports_loses_none_that_was_accepted(
             device.wait_for(kept)
         assert device.reported == kept
         assert app.errors.empty()
+
+
+# ---------------------------------------------------------------------- the stream
+
+CONNACK = b"\x20\x02\x00\x00"
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        (CONNACK + b"\x30\xff\xff\xff\x7f", "a packet of 268435455 bytes"),
+        (CONNACK + b"\x30\xff\xff\xff\xff\x01", "more than four bytes"),
+        (CONNACK + b"\x30\x07\x00\x09short", "ends in its topic"),
+        (CONNACK + b"\x30\x00", "ends in its topic"),
+        (CONNACK[:3], "closed"),
+    ],
+)
+def test_a_hub_that_breaks_mqtt_costs_a_connection(said: bytes, why: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(PATIENCE)
+        client = TwinClient(f"127.0.0.1:{listener.getsockname()[1]}", "dev-1", key=KEY, tls=False)
+        try:
+            client.connect(wait=False)
+            with listener.accept()[0] as one:
+                one.sendall(said)
+                if why == "closed":
+                    one.shutdown(socket.SHUT_WR)
+                wait_until(lambda: client.statistics["last_error"], "it is noticed")
+            assert why in client.statistics["last_error"]
+            assert client.state == "offline"
+        finally:
+            client.close()
+
+
+def test_what_a_full_socket_does_not_take_is_written_later_and_in_order() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        theirs.settimeout(PATIENCE)
+        stream = client_module._Stream(ours)
+        sent = 0
+        while not stream.rest:
+            stream.publish("a/topic", b"%05d" % sent + bytes(30000))
+            sent += 1
+        with pytest.raises(BlockingIOError):
+            stream.send(b"ping")
+        stream.publish("a/topic", b"%05d" % sent + bytes(200))
+        read = b""
+        while stream.rest:
+            read += theirs.recv(1 << 20)
+            stream.flush()
+        assert stream.send(b"ping") == 4
+        while not read.endswith(b"ping"):
+            read += theirs.recv(1 << 20)
+        reader = client_module._Stream(theirs)
+        reader._in += read
+        bodies = []
+        while packet := reader.next():
+            if not packet[0]:
+                break
+            bodies.append(packet[1])
+        assert bodies == [b"\x00\x07a/topic%05d" % n + bytes(30000) for n in range(sent)] + [
+            b"\x00\x07a/topic%05d" % sent + bytes(200)
+        ]
+
+
+def test_a_write_that_fails_is_kept_for_the_network_thread() -> None:
+    ours, theirs = socket.socketpair()
+    with ours:
+        theirs.close()
+        stream = client_module._Stream(ours)
+        stream.publish("a/topic", b"{}")
+        assert isinstance(stream.error, BrokenPipeError)
+        assert stream.rest == b""

@@ -897,6 +897,52 @@ def test_3_2_one_report_is_in_flight_and_the_rest_goes_as_one_patch():
     assert bench.twin.statistics["reports"] == 2
 
 
+def a_burst_of_three():
+    """The first is answered while the app is still in the burst."""
+    bench = Bench().synchronised()
+    bench.report({"n": 0}, delay=20)
+    assert bench.patch == {"n": 0}
+    bench.report({"n": 1}, delay=20)
+    bench.answer(204, 2)
+    assert bench.sent is None
+    bench.report({"n": 2}, delay=20)
+    assert bench.out == []
+    return bench
+
+
+def test_3_2_a_burst_that_nobody_waits_for_leaves_as_two_patches():
+    bench = a_burst_of_three()
+    assert bench.wait(19) == []
+    bench.wait(1)
+    assert bench.patch == {"n": 2}
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [
+        lambda bench: bench.take(bench.twin.flush(bench.now)),
+        lambda bench: bench.report({"m": 1}),
+        lambda bench: bench.reconnected(),
+    ],
+    ids=["somebody waits", "a report that is waited for", "a reconnect"],
+)
+def test_3_2_a_burst_ends_at_once(ends):
+    bench = a_burst_of_three()
+    ends(bench)
+    bench.wait(20)
+    assert bench.patch["n"] == 2
+    assert bench.twin.statistics["reports"] == 2
+
+
+def test_3_2_a_report_that_follows_no_other_leaves_at_once():
+    bench = Bench().synchronised()
+    for number in range(3):
+        bench.report({"n": number}, delay=20)
+        assert bench.patch == {"n": number}
+        bench.answer(204, 2 + number)
+        bench.wait(20)
+
+
 def test_3_2_what_is_reported_offline_goes_as_one_patch():
     bench = Bench()
     tickets = [bench.report({f"k{index}": index}) for index in range(5)]

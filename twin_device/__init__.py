@@ -7,8 +7,6 @@
 TwinClient is the client for threads, on paho-mqtt. The errors are those of every runtime.
 """
 
-from typing import TYPE_CHECKING, Any
-
 from .core.errors import (
     ConnectRefused,
     LocalError,
@@ -23,7 +21,11 @@ from .core.errors import (
     TwinError,
 )
 
+# What `typing` has, for less: to import it takes longer than all the rest here.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from .client import Report, TwinClient
 
 __version__ = "0.1.0"
@@ -45,7 +47,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     # paho-mqtt takes most of the import's time: a program that only needs another shell does not pay for it.
     if name in ("Report", "TwinClient"):
         from . import client

@@ -1,8 +1,9 @@
 """TwinClient for threads, on paho-mqtt 2.
 
 Two threads a client. The network thread dials, drives paho and feeds the core; the dispatcher thread calls
-the app's handlers, one at a time and in order. One lock guards the core; whoever gives it an input performs
-its outputs before letting go, so outputs leave in the order in which they were decided.
+the app's handlers, one at a time and in order. One lock guards the core and paho; whoever gives the core an
+input performs its outputs before letting go, so outputs leave in the order in which they were decided. A
+report is written to the socket by the thread that makes it: to wake another one takes as long as the hub.
 """
 
 import contextlib
@@ -13,7 +14,6 @@ import os
 import queue
 import random
 import selectors
-import signal
 import socket
 import ssl
 import threading
@@ -52,9 +52,17 @@ _MQTTS_PORT = 8883
 _MQTT_PORT = 1883
 # The hub's own limit: it closes at 1.5 times the keep-alive, and after 29.45 minutes at the latest.
 _MAX_KEEP_ALIVE = 1177
+_LONG = 3_600_000  # milliseconds that a thread with nothing to do sleeps; what comes up wakes it
 # Close waits this long for reports that the hub has not answered yet.
 _FLUSH = 5.0
 _LOGGED = 1000  # bytes of a payload that a DEBUG line shows
+_AHEAD = 16384  # bytes that are read at once: one record of TLS
+# A twin is far smaller (32 KB a section, times six where every character is escaped). More than this is no
+# hub, and must not take a device's memory.
+_MAX_PACKET = 1 << 20
+# Milliseconds in which reports are gathered that nobody waits for and that follow another: the hub may answer
+# that one while the app is still in its burst, and each patch counts against the hub's quota.
+_GATHER = 20
 
 # paho gives the CONNACK return codes of MQTT 3.1.1 as the reason codes of MQTT 5.
 _RETURN_CODES = {0: 0, 132: 1, 133: 2, 136: 3, 134: 4, 135: 5}
@@ -63,9 +71,13 @@ _RETURN_CODES = {0: 0, 132: 1, 133: 2, 136: 3, 134: 4, 135: 5}
 class Report:
     """A report on its way to the hub. Reports that left in one patch may be one and the same Report."""
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float, flush: Callable[[], None]) -> None:
         self._timeout = timeout
-        self._ended = threading.Event()
+        self._flush = flush
+        self._done = False
+        # Held until it is done. An Event costs three times as much to make, and there is one a report.
+        self._pending = threading.Lock()
+        self._pending.acquire()
         self._version: int | None = None
         self._error: TwinError | None = None
         self._watched = False
@@ -77,7 +89,7 @@ class Report:
     @property
     def done(self) -> bool:
         """True once the hub has answered, or the client was closed."""
-        return self._ended.is_set()
+        return self._done
 
     def wait(self, timeout: float | None = None) -> int | None:
         """Wait for the hub's answer; at most timeout seconds, None for the client's own.
@@ -86,18 +98,30 @@ class Report:
         ReportRejected if the hub refused it, ReportTimeout if there is no answer yet (it stays on its way),
         NotConnected if the client was closed before.
         """
+        if not self._done:
+            self._flush()
+        return self._wait(timeout)
+
+    def _wait(self, timeout: float | None) -> int | None:
         timeout = self._timeout if timeout is None else timeout
-        if not self._ended.wait(timeout):
-            raise ReportTimeout(
-                f"the hub has not answered within {timeout:g} s; the report is still on its way"
-            )
+        if not self._done:
+            if not self._pending.acquire(timeout=max(0.0, timeout)):
+                raise ReportTimeout(
+                    f"the hub has not answered within {timeout:g} s; the report is still on its way"
+                )
+            # For whoever else waits.
+            self._pending.release()
         if self._error is not None:
             raise self._error
         return self._version
 
     def _end(self, version: int | None, error: TwinError | None) -> None:
+        """Be done. Whoever waits is woken by a _wake() that has to follow."""
         self._version, self._error = version, error
-        self._ended.set()
+        self._done = True
+
+    def _wake(self) -> None:
+        self._pending.release()
 
 
 class _Retrieve:
@@ -111,6 +135,10 @@ class _Cancelled(OSError):
     """The client is being disconnected while it dials."""
 
 
+class _Broken(Exception):
+    """What came is no MQTT 3.1.1; the text says what it is."""
+
+
 class _Mqtt(mqtt.Client):
     """paho's client over a socket that was dialled by `dial`.
 
@@ -118,14 +146,139 @@ class _Mqtt(mqtt.Client):
     handshake a byte at a time would hold it for ever.
     """
 
-    dial: Callable[[], socket.socket]
+    dial: Callable[[], "_Stream"]
 
-    def _create_socket(self) -> socket.socket:
+    def _create_socket(self) -> Any:
         return self.dial()
 
     def drop(self) -> None:
         """Close the socket, if there is one, without a word to the hub."""
         self._sock_close()
+
+
+class _Stream:
+    """A connected socket as paho uses it.
+
+    It takes apart what comes: paho is given whole packets of a bounded size, and no messages at QoS 0, which
+    are nearly all that there is; for each of those it would make five objects and three reads. Likewise such
+    messages are written without it. An error of a write is kept for the network thread, for no other thread
+    may close what that one waits for.
+    """
+
+    def __init__(self, connected: "socket.socket | ssl.SSLSocket") -> None:
+        self.socket = connected
+        self.error: OSError | None = None
+        # What could not be written yet of a message.
+        self.rest = b""
+        # What was read and not taken yet, and how long the packet at its start is if it is not whole.
+        self._in = bytearray()
+        self._wanted = 0
+        # The packet that paho reads, and how far it is.
+        self._packet = b""
+        self._at = 0
+
+    # For paho.
+
+    def recv(self, size: int) -> bytes:
+        at = self._at
+        if at >= len(self._packet):
+            raise BlockingIOError
+        self._at = at + size
+        return self._packet[at : at + size]
+
+    def send(self, data: "bytes | bytearray") -> int:
+        self.flush()
+        if self.rest:
+            raise BlockingIOError
+        return self._write(data)
+
+    def fileno(self) -> int:
+        return self.socket.fileno()
+
+    def setblocking(self, flag: bool) -> None:
+        self.socket.setblocking(flag)
+
+    def close(self) -> None:
+        self.socket.close()
+
+    # For the network.
+
+    def publish(self, topic: str, payload: bytes) -> None:
+        """A PUBLISH at QoS 0 (MQTT 3.1.1, 3.3)."""
+        name = topic.encode()
+        length = 2 + len(name) + len(payload)
+        packet = bytearray(b"\x30")
+        while length > 127:
+            packet.append(length & 127 | 128)
+            length >>= 7
+        packet.append(length)
+        packet += len(name).to_bytes(2, "big")
+        self.rest += packet + name + payload
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what is left of messages, as far as it goes."""
+        if self.rest:
+            with contextlib.suppress(BlockingIOError):
+                self.rest = self.rest[self._write(self.rest) :]
+
+    def _write(self, data: "bytes | bytearray") -> int:
+        try:
+            return self.socket.send(data)
+        except (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise BlockingIOError from None
+        except OSError as error:
+            self.error = error
+            return len(data)
+
+    def fill(self) -> bool:
+        """Read what there is, up to a record of TLS; False at the connection's end. Raises OSError."""
+        try:
+            data = self.socket.recv(_AHEAD)
+        except (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return True
+        self._in += data
+        return bool(data)
+
+    def next(self) -> "tuple[bool, bytes] | None":
+        """True and the body of a message at QoS 0; False for any other packet, which is paho's to read. None:
+        no packet is whole. Raises _Broken."""
+        data = self._in
+        end = len(data)
+        if end < self._wanted or end < 2:
+            return None
+        # 2.2.3: the remaining length, seven bits a byte, the low ones first.
+        length = shift = 0
+        at = 1
+        while at < end:
+            byte = data[at]
+            at += 1
+            length |= (byte & 127) << shift
+            if byte < 128:
+                break
+            shift += 7
+            if shift > 21:
+                raise _Broken("a remaining length of more than four bytes")
+        else:
+            return None
+        if length > _MAX_PACKET:
+            raise _Broken(f"a packet of {length} bytes")
+        self._wanted = at + length
+        if end < self._wanted:
+            return None
+        packet = bytes(data[: self._wanted])
+        del data[: self._wanted]
+        self._wanted = 0
+        # 3.3.1: the type is 3, and the two bits of the QoS are not set.
+        if packet[0] & 0xF6 == 0x30:
+            return True, packet[at:]
+        self._packet, self._at = packet, 0
+        return False, b""
+
+    @property
+    def holds_more(self) -> bool:
+        """True if TLS has more to read, of which the selector knows nothing."""
+        return isinstance(self.socket, ssl.SSLSocket) and self.socket.pending() > 0
 
 
 class TwinClient:
@@ -423,6 +576,7 @@ class TwinClient:
         next run delivers them all the same."""
         deadline = time.monotonic() + min(self._timeout, _FLUSH)
         with self._lock:
+            self._flush()
             while self._twin.outstanding and self._twin.state != twin.OFFLINE:
                 if not self._changed.wait(deadline - time.monotonic()):
                     break
@@ -458,6 +612,9 @@ class TwinClient:
 
         Signals are caught only in the main thread; their handlers are put back.
         """
+        # Its constants take a while to be made, and only this needs them.
+        import signal
+
         if self._network is None:
             self.connect()
         previous: dict[signal.Signals, Any] = {}
@@ -492,7 +649,8 @@ class TwinClient:
 
         wait=True: waits up to timeout seconds (None: the client's own) and returns the reported `$version`
         after it (int); raises as Report.wait. wait=False: returns a Report at once, also while offline.
-        Whatever the app reports while an answer is on its way, or while offline, leaves as one patch. What
+        Whatever the app reports while an answer is on its way, or while offline, leaves as one patch. A burst
+        of reports that it does not wait for leaves as two: its first, and within 20 ms all the others. What
         the hub holds already is not sent, unless always=True. version: the reported version that the hub
         must be at, else ReportRejected with status 412.
 
@@ -504,15 +662,19 @@ class TwinClient:
                 raise NotConnected("this client is closed; make a new one")
             if wait and self._network is None:
                 raise NotConnected("not connected: call connect() first, or report with wait=False")
-            ticket, outputs = self._twin.report(patch, _now(), version, always)
+            ticket, outputs = self._twin.report(patch, _now(), version, always, 0 if wait else _GATHER)
             report = self._reports.get(ticket)
             if report is None:
-                report = self._reports[ticket] = Report(self._timeout)
+                report = self._reports[ticket] = Report(self._timeout, self._flush)
             report._watched = report._watched or wait
             self._perform(outputs)
         if self._store is not None:
             self._keep()
-        return report.wait(timeout) if wait else report
+        return report._wait(timeout) if wait else report
+
+    def _flush(self) -> None:
+        with self._lock:
+            self._perform(self._twin.flush(_now()))
 
     def retrieve(self, timeout: float | None = None) -> Document:
         """Ask the hub for the twin now: {"desired": ..., "reported": ...}, without `$` keys.
@@ -573,7 +735,7 @@ class TwinClient:
                 self._events.put(output)
             elif network is not None:
                 network.perform(output)
-        if network is not None and network.ident != threading.get_ident():
+        if network is not None and network.ident != threading.get_ident() and network.is_needed():
             network.wake()
 
     def _reported(self, output: Any) -> None:
@@ -581,6 +743,11 @@ class TwinClient:
         self._changed.notify_all()
         if report is not None:
             report._end(output.version, output.error)
+            network = self._network
+            if network is not None and network.ident == threading.get_ident():
+                network.to_wake.append(report)
+            else:
+                report._wake()
         if output.error is not None and (report is None or not report._watched) and not self._closed:
             self._events.put(twin.Failed(output.error))
         elif self._store is not None:
@@ -709,7 +876,15 @@ class _Network(threading.Thread):
             selectors, "PollSelector", selectors.SelectSelector
         )()
         self._selector.register(self._woken, selectors.EVENT_READ)
-        self._watched: socket.socket | None = None
+        self._watched: _Stream | None = None
+        # When it will look at the core's deadline again, and at the keep-alive.
+        self._until = 0
+        self._misc_at = 0
+        # True while the stream holds more, of which the selector knows nothing.
+        self._more = False
+        # Reports whose waiters are woken once this thread goes to sleep: woken earlier, they would only take
+        # the processor from it and wait for the interpreter.
+        self.to_wake: list[Report] = []
 
         self._mqtt = _Mqtt(
             CallbackAPIVersion.VERSION2,
@@ -720,9 +895,7 @@ class _Network(threading.Thread):
         self._mqtt.dial = self._dial
         self._mqtt.on_connect = self._on_connect
         self._mqtt.on_subscribe = self._on_subscribe
-        self._mqtt.on_message = self._on_message
-        # With this callback set, publish() only queues: it is this thread that writes, and only it.
-        self._mqtt.on_socket_register_write = lambda *_: None
+        self._mqtt.on_message = self._on_qos1_message
         self._mqtt.connect_async(client._host, client._port, client._keep_alive)
 
     # Called by any thread, with the lock held.
@@ -730,7 +903,11 @@ class _Network(threading.Thread):
     def publish(self, topic: str, payload: bytes) -> None:
         if _log.isEnabledFor(logging.DEBUG):
             _log.debug("%s -> %s %r", self._client._credentials.client_id, topic, payload[:_LOGGED])
-        self._mqtt.publish(topic, payload)
+        stream: Any = self._mqtt.socket()
+        if stream is not None and not self._mqtt.want_write():
+            stream.publish(topic, payload)
+        else:
+            self._mqtt.publish(topic, payload)
 
     def perform(self, output: Any) -> None:
         if type(output) is twin.Subscribe:
@@ -739,6 +916,16 @@ class _Network(threading.Thread):
             self._hang_up_wanted, self._dial_wanted = True, False
         elif type(output) is twin.Connect:
             self._dial_wanted = True
+
+    def is_needed(self) -> bool:
+        """True if there is something that this thread has to do before it looks again by itself."""
+        if self._dial_wanted or self._hang_up_wanted:
+            return True
+        stream: Any = self._mqtt.socket()
+        if stream is not None and (stream.rest or stream.error is not None or self._mqtt.want_write()):
+            return True
+        deadline = self._twin.deadline
+        return deadline is not None and deadline < self._until
 
     def end(self) -> None:
         self._ending = True
@@ -780,57 +967,110 @@ class _Network(threading.Thread):
         finally:
             self._hang_up()
             self.dispose()
+            for report in self.to_wake:
+                report._wake()
 
     def _step(self) -> None:
         """Wait for the socket, a wake-up or the core's deadline, and serve what is there."""
-        mqtt_socket = self._watch()
-        now = _now()
         with self._lock:
+            connected = self._watch()
+            now = _now()
+            until = now + _LONG if connected is None else now + self._client._keep_alive * 125
             deadline = self._twin.deadline
-            if self._dial_wanted or self._hang_up_wanted or self._ending:
-                deadline = now
-        wait = None if mqtt_socket is None else self._client._keep_alive / 8
-        if deadline is not None:
-            until = max(0, deadline - now) / 1000
-            wait = until if wait is None else min(wait, until)
-        for key, events in self._selector.select(wait):
+            if deadline is not None:
+                until = min(until, deadline)
+            if self._dial_wanted or self._hang_up_wanted or self._ending or self._more:
+                until = now
+            self._until = until
+            to_wake, self.to_wake = self.to_wake, []
+        for report in to_wake:
+            report._wake()
+        for key, events in self._selector.select(max(0, until - now) / 1000):
             if key.fileobj is self._woken:
                 self._clear_wake_up()
             elif events & selectors.EVENT_READ:
-                self._read()
-        if self._mqtt.socket() is not None and not self._hang_up_wanted:
-            if self._mqtt.want_write():
-                self._check(self._mqtt.loop_write())
-            self._check(self._mqtt.loop_misc())
-        now = _now()
+                self._more = True
+        if self._more:
+            self._read()
         with self._lock:
+            now = _now()
+            stream: Any = self._mqtt.socket()
+            if stream is not None and not self._hang_up_wanted:
+                if stream.rest:
+                    stream.flush()
+                if self._mqtt.want_write():
+                    self._check(self._mqtt.loop_write())
+                if stream.error is not None:
+                    self._lose(RemoteError(f"the connection was lost: {_told(stream.error)}"))
+                elif now >= self._misc_at:
+                    self._misc_at = now + self._client._keep_alive * 125
+                    self._check(self._mqtt.loop_misc())
             deadline = self._twin.deadline
             if deadline is not None and now >= deadline:
                 self._client._perform(self._twin.tick(now, random.random()))
 
-    def _watch(self) -> socket.socket | None:
+    def _watch(self) -> "_Stream | None":
         """Have the selector watch paho's socket, and for writing only while there is something to write."""
         current: Any = self._mqtt.socket()
         if self._watched is not None and self._watched is not current:
             self._selector.unregister(self._watched)
             self._watched = None
         if current is not None:
-            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._mqtt.want_write() else 0)
+            events = selectors.EVENT_READ
+            if current.rest or self._mqtt.want_write():
+                events |= selectors.EVENT_WRITE
             if self._watched is None:
                 self._selector.register(current, events)
                 self._watched = current
-            elif self._selector.get_key(current).events != events:
+                self._watched_for = events
+            elif self._watched_for != events:
                 self._selector.modify(current, events)
+                self._watched_for = events
         return self._watched
 
     def _read(self) -> None:
-        # TLS may hold more packets than the one whose record woke us.
-        while True:
-            if self._check(self._mqtt.loop_read()):
-                return
+        """Read once and hand on what is whole of it. Others get the lock between packets."""
+        with self._lock:
             current: Any = self._mqtt.socket()
-            if self._hang_up_wanted or not (hasattr(current, "pending") and current.pending()):
+            stream: _Stream = current
+            self._more = False
+            if stream is None or self._hang_up_wanted:
                 return
+            try:
+                if not stream.fill():
+                    self._lose(RemoteError("the connection was lost: the hub has closed it"))
+                    return
+            except OSError as error:
+                self._lose(RemoteError(f"the connection was lost: {_told(error)}"))
+                return
+            self._more = stream.holds_more
+        while True:
+            with self._lock:
+                current = self._mqtt.socket()
+                if current is not stream or self._hang_up_wanted:
+                    return
+                try:
+                    packet = stream.next()
+                    if packet is None:
+                        return
+                    is_message, body = packet
+                    if is_message:
+                        self._published(body)
+                    elif self._check(self._mqtt.loop_read()):
+                        return
+                except _Broken as error:
+                    self._lose(RemoteError(f"the connection was lost: the hub sent {error}"))
+                    return
+
+    def _published(self, body: bytes) -> None:
+        end = 2 + int.from_bytes(body[:2], "big")
+        if end > len(body):
+            raise _Broken("a message that ends in its topic")
+        try:
+            topic = body[2:end].decode()
+        except UnicodeDecodeError:
+            return
+        self._on_message(topic, body[end:])
 
     def _check(self, code: int) -> bool:
         """True if the connection is lost; paho has closed the socket then."""
@@ -842,9 +1082,9 @@ class _Network(threading.Thread):
         return True
 
     def _lose(self, error: TwinError) -> None:
-        self._close_socket()
         _log.info("%s: %s", self._client._credentials.client_id, error)
         with self._lock:
+            self._close_socket()
             self._client._perform(self._twin.disconnected(_now(), random.random(), error))
 
     def _unwatch(self) -> None:
@@ -853,14 +1093,15 @@ class _Network(threading.Thread):
             self._watched = None
 
     def _hang_up(self) -> None:
-        if self._mqtt.socket() is not None:
-            try:
-                self._mqtt.disconnect()
-                self._mqtt.loop_write()
-            except (OSError, ValueError):
-                # The socket is going away in any case.
-                pass
-        self._close_socket()
+        with self._lock:
+            if self._mqtt.socket() is not None:
+                try:
+                    self._mqtt.disconnect()
+                    self._mqtt.loop_write()
+                except (OSError, ValueError):
+                    # The socket is going away in any case.
+                    pass
+            self._close_socket()
 
     def _close_socket(self) -> None:
         self._unwatch()
@@ -892,7 +1133,7 @@ class _Network(threading.Thread):
         except OSError as error:
             self._lose(tls_files.refusal(where, error))
 
-    def _dial(self) -> socket.socket:
+    def _dial(self) -> "_Stream":
         """A connected socket, with TLS if wanted, within the time of one request. Any wake-up that wants the
         connection ended ends it."""
         client = self._client
@@ -914,8 +1155,8 @@ class _Network(threading.Thread):
                 if code:
                     raise OSError(code, os.strerror(code))
                 if client._context is None:
-                    return raw
-                return self._handshake(raw, client._context, deadline)
+                    return _Stream(raw)
+                return _Stream(self._handshake(raw, client._context, deadline))
             except _Cancelled:
                 raw.close()
                 raise
@@ -984,17 +1225,22 @@ class _Network(threading.Thread):
                 granted = tuple(code.value for code in codes)
                 self._client._perform(self._twin.subscribed(granted, _now(), random.random()))
 
-    def _on_message(self, _client: Any, _userdata: Any, message: Any) -> None:
+    def _on_qos1_message(self, _client: Any, _userdata: Any, message: Any) -> None:
+        # At QoS 1: a session of an earlier program may have subscribed so.
         try:
             topic = message.topic
         except UnicodeDecodeError:
             return
-        payload = message.payload
+        self._on_message(topic, message.payload)
+
+    def _on_message(self, topic: str, payload: bytes) -> None:
         if _log.isEnabledFor(logging.DEBUG):
             _log.debug("%s <- %s %r", self._client._credentials.client_id, topic, payload[:_LOGGED])
-        with self._lock:
-            if not self._hang_up_wanted:
-                self._client._perform(self._twin.message_received(topic, payload, _now(), random.random()))
+        self._client._perform(self._twin.message_received(topic, payload, _now(), random.random()))
+
+
+def _told(error: OSError) -> str:
+    return error.strerror or str(error)
 
 
 def _now() -> int:

@@ -161,6 +161,9 @@ def diff(old: "dict[str, object]", new: "dict[str, object]") -> "dict[str, objec
             patch[key] = value
             continue
         before = old[key]
+        if before is value:
+            # What a merge has not touched is the very same.
+            continue
         if isinstance(value, dict) and isinstance(before, dict):
             inner = diff(before, value)
             if inner:

@@ -174,6 +174,8 @@ class Twin:
         # True while nobody knows whether the hub merged the last patch in flight.
         self._unsure = False
         self._report_at = 0
+        # Until when reports are gathered that nobody waits for.
+        self._gather_until = 0
         self._report_tries = 0
         # Nobody of this run waits for a report of an earlier one: it has no ticket.
         self._queue = [_Part(patch, None, version, alone) for patch, version, alone in reports or []]
@@ -208,7 +210,7 @@ class Twin:
         if self._flight is not None:
             times.append(self._flight_wait)
         elif self._queue and self._known and not self._renewing:
-            times.append(self._report_at)
+            times.append(max(self._report_at, self._gather_until))
         if self._renew_at is not None and self._known:
             times.append(self._renew_at)
         return min(times) if times else None
@@ -410,14 +412,20 @@ class Twin:
     # ------------------------------------------------------------------ inputs: the app
 
     def report(
-        self, patch: "dict[str, object]", now: int, version: "int | None" = None, always: bool = False
+        self,
+        patch: "dict[str, object]",
+        now: int,
+        version: "int | None" = None,
+        always: bool = False,
+        delay: int = 0,
     ) -> "tuple[int, list[object]]":
         """Have a merge patch of the reported properties brought to the hub.
 
         Returns its ticket and the outputs; Reported with that ticket tells the end. Reports that coalesced
         may share a ticket. version: the reported version that the hub must be at, else status 412. always:
-        send it even if it changes nothing. PatchError: the hub would refuse it; nothing was changed.
-        LocalError: too much is gathered already.
+        send it even if it changes nothing. delay: milliseconds that it may wait for others to leave with it
+        if it follows another at once; a later report without a delay, and flush(), end that. PatchError: the
+        hub would refuse it; nothing was changed. LocalError: too much is gathered already.
         """
         bound = check(patch)
         alone = always or version is not None
@@ -452,15 +460,27 @@ class Twin:
                 last.patch = joined
                 self._bound = bound
                 self._count("coalesced")
-                return last.ticket, out
+                return last.ticket, out if delay else self.flush(now)
         if full:
             raise LocalError("too many reports are gathered that cannot be joined; wait for their answers")
         self._bound = bound
+        if not delay:
+            self._gather_until = 0
+        elif not self._queue:
+            lately = self._flight is not None or now < self._flight_wait - self._timeout + delay
+            self._gather_until = now + delay if lately else 0
         self._ticket += 1
         ticket = self._ticket
         self._queue.append(_Part(copy(patch), ticket, version, alone))  # type: ignore[arg-type]  # a dict, as patch
         self._flow(now, out)
         return ticket, out
+
+    def flush(self, now: int) -> "list[object]":
+        """Have what is gathered leave as soon as the way is free: somebody waits for it."""
+        out: "list[object]" = []
+        self._gather_until = 0
+        self._flow(now, out)
+        return out
 
     def retrieve(self, now: int) -> "tuple[int, list[object]]":
         """Ask the hub for the twin as it is now. Returns a ticket; Retrieved with it tells the end."""
@@ -731,7 +751,14 @@ class Twin:
                 self._moved = False
                 self._count("retrieves")
                 out.append(Publish(retrieve_topic(self._get), b""))
-        if self._flight is None and self._known and self._queue and not renewing and now >= self._report_at:
+        if (
+            self._flight is None
+            and self._known
+            and self._queue
+            and not renewing
+            and now >= self._report_at
+            and now >= self._gather_until
+        ):
             self._send_report(now, out)
         if renewing and self._flight is None and self._get is None:
             # Planned: no backoff, and no attempt that counts.
