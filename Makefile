@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check outage mpy board-budget bench-hub scorecard chaos screenshot clean
+.PHONY: demo test check outage bench mpy board-budget bench-hub scorecard chaos screenshot clean
 
 demo: .venv/installed
 	@$(BIN)/twin-device demo
@@ -14,6 +14,11 @@ check: test .venv/checks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The device clients beside azure-iot-device and bare paho; 1 if a bar does not hold. make bench JSON=figures.json
+# keeps the figures; tests.benchmarks.plot draws them.
+bench: .venv/installed
+	@$(BIN)/python -m tests.benchmarks.clients $(if $(JSON),--json $(JSON))
 
 # What one hub process holds; mosquitto beside it if it is installed.
 bench-hub: .venv/installed

@@ -11,7 +11,6 @@ import errno
 import logging
 import marshal
 import os
-import queue
 import random
 import selectors
 import socket
@@ -24,6 +23,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
+
+try:
+    # What `queue` has it from; that also brings in heapq, for what is not needed here.
+    from _queue import SimpleQueue
+except ImportError:
+    from queue import SimpleQueue
 
 from . import __version__
 from . import tls as tls_files
@@ -366,7 +371,7 @@ class TwinClient:
         self._on_error: list[Callable[[Exception], object]] = []
         self._appliers: dict[str, Callable[[Any], object]] = {}
 
-        self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._events: SimpleQueue[Any] = SimpleQueue()
         self._store: Store | None = None
         kept = None if store is None else self._open_store(store)
         self._twin = twin.Twin(

@@ -81,11 +81,20 @@ async def _line(process: asyncio.subprocess.Process, within: float, what: str) -
 
 @asynccontextmanager
 async def process(
-    *command: str, stdin: int | None = None, stderr: int | None = None
+    *command: str,
+    stdin: int | None = None,
+    stderr: int | None = None,
+    environment: dict[str, str] | None = None,
 ) -> AsyncIterator[asyncio.subprocess.Process]:
     """A process that ends with its context."""
     one = await asyncio.create_subprocess_exec(
-        *command, stdin=stdin, stdout=asyncio.subprocess.PIPE, stderr=stderr, cwd=ROOT, limit=2**24
+        *command,
+        stdin=stdin,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=stderr,
+        cwd=ROOT,
+        limit=2**24,
+        env=environment,
     )
     try:
         yield one
@@ -157,8 +166,11 @@ class Answerer:
         ca: str,
         key: str | None,
         patch: Callable[[], Any],
+        rest: "Rest | None" = None,
     ) -> None:
         self.pids, self.ports, self.ca, self.key, self.patch = pids, ports, ca, key, patch
+        # The hub's back end; a general broker has none.
+        self.rest = rest
 
 
 class Rest:
@@ -171,15 +183,17 @@ class Rest:
         signature = quote(base64.b64encode(digest), safe="")
         self._token = f"SharedAccessSignature sr=localhost&sig={signature}&se={expiry}&skn=iothubowner"
 
-    def ask(self, method: str, path: str, body: Any = None) -> Any:
+    def ask(self, method: str, path: str, body: Any = None, *, version: bool = True) -> Any:
+        """version: False for what only the local hub has, which wants no api-version."""
         headers = {"Authorization": self._token, "Content-Type": "application/json"}
         payload = None if body is None else json.dumps(body).encode()
-        self._connection.request(method, f"{path}?api-version=2021-04-12", payload, headers)
+        path += "?api-version=2021-04-12" if version else ""
+        self._connection.request(method, path, payload, headers)
         response = self._connection.getresponse()
         text = response.read()
-        if response.status != 200:
+        if response.status not in (200, 204):
             raise Failed(f"{method} {path} was answered with {response.status} {text[:200]!r}")
-        return json.loads(text)
+        return json.loads(text) if text else None
 
     def close(self) -> None:
         self._connection.close()
@@ -220,7 +234,7 @@ async def hub(devices: list[str], certificates: Path) -> AsyncIterator[Answerer]
 
         ports = {"plaintext": ready["mqtt"], "TLS": ready["mqtts"]}
         try:
-            yield Answerer((one.pid,), ports, ready["ca"], KEY, patched)
+            yield Answerer((one.pid,), ports, ready["ca"], KEY, patched, rest)
         finally:
             rest.close()
 

@@ -4,7 +4,6 @@ A document is what JSON gives: dict with str keys, list, str, int, float, bool; 
 it removes a key. Limits: IoT Hub, "Understand and use device twins", tags and properties format.
 """
 
-import json
 import sys
 
 from .errors import PatchError
@@ -30,15 +29,30 @@ def _no_number(word: str) -> object:
 
 # The differences of the two json modules, in one place.
 if sys.implementation.name == "micropython":
+    import json
+
     _decode = json.loads
 
     def dumps(document: object) -> str:
         return json.dumps(document, separators=(",", ":"))
 
 else:
-    # json.loads with options builds a decoder at every call, and accepts NaN without one.
-    _decode = json.JSONDecoder(parse_constant=_no_number).decode  # type: ignore[assignment]  # called alike
-    _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+    # The first document brings json in: to import it takes as long as all the rest of the core.
+
+    def _decode(text: str) -> object:  # type: ignore[misc]  # it is one or the other
+        global _decode
+        import json
+
+        # json.loads with options builds a decoder at every call, and accepts NaN without one.
+        _decode = json.JSONDecoder(parse_constant=_no_number).decode  # type: ignore[assignment]  # called alike
+        return _decode(text)
+
+    def _encode(document: object) -> str:
+        global _encode
+        import json
+
+        _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # type: ignore[assignment]  # as above
+        return _encode(document)
 
     def dumps(document: object) -> str:
         """The document as compact JSON, non-ASCII characters as they are."""
