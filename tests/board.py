@@ -74,6 +74,7 @@ class BoardClient:
         self._handlers: dict[str, list[Callable[..., Any]]] = {"desired": [], "state": [], "failed": []}
         self._appliers: dict[str, Callable[[Any], Any]] = {}
         self.properties: queue.SimpleQueue[tuple[list[str], Any]] = queue.SimpleQueue()
+        self.change: dict[str, Any] = {}  # the event that the handlers are being called with
         self.other: list[str] = []  # lines that are no JSON: what MicroPython itself says
         self._threads = [threading.Thread(target=self._read), threading.Thread(target=self._dispatch)]
         for thread in self._threads:
@@ -107,6 +108,7 @@ class BoardClient:
     def _dispatch(self) -> None:
         while (event := self._events.get()) is not None:
             if "desired" in event:
+                self.change = event
                 for handler in self._handlers["desired"]:
                     handler(event["patch"], event["desired"])
             elif "state" in event:

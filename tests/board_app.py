@@ -85,11 +85,17 @@ class Program:
         if options.pop("hand_on", False):
             options["on_property"] = lambda path, value: say(property=path, value=value)
         self.client = client = TwinClient.from_connection_string(text, **options)
-        client.on_desired(lambda patch, desired: say(desired=desired, patch=patch))
+        client.on_desired(self.changed)
         client.on_state(lambda old, new: say(state=new))
         client.on_error(lambda error: say(failed=described(error)))
         self.reports = {}
         self.applying = {}
+
+    def changed(self, patch, desired):
+        # Of one moment: there is no other thread.
+        client = self.client
+        connection = client.statistics["connects"]
+        say(desired=desired, patch=patch, version=client.desired_version, connection=connection)
 
     async def serve(self, command):
         number = command["id"]

@@ -10,7 +10,7 @@ from twin_device.hub.faults import KINDS
 
 Arguments = dict[str, Any]
 
-# A refusal is tried again slowly, which a client that cannot be hurried does for minutes.
+# A refusal is tried again slowly, which a client that is not hurried does for minutes.
 _SLOW = frozenset({"suback_refused", "connack_refused", "clock_skew", "quota", "half_open", "disabled"})
 # What may have a report refused for good, and what has the client report anew what was accepted before. Of a
 # refusal of the latter nobody can say which of the app's reports it has hit: no device gets both.
@@ -18,13 +18,13 @@ _RESTORING = frozenset({"reports_reordered", "recreate"})
 _ALL = (*sorted(KINDS), "disabled")
 _OF_MESSAGES = tuple(kind for kind in _ALL if kind.startswith(("notification_", "answer_", "reports_")))
 # Seconds, on average, from one desired change of a device to the next, and from report to report.
-_EVERY = 1.0
+_EVERY = 0.3
 _WORLD = ("killed", "killed, no sessions", "away")
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A device of the run. gentle: its client cannot be hurried. strict: the hub may refuse its reports.
+    """A device of the run. gentle: its client is not hurried. strict: the hub may refuse its reports.
     renews: its token lives shortly."""
 
     name: str

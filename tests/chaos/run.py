@@ -404,12 +404,12 @@ class Run:
 def subjects(count: int, shells: Sequence[str], boards: int) -> list[tuple[str, Subject]]:
     """So many clients, spread over the shells; a board is a process, so there are only so many."""
     found = []
-    quick = [name for name in shells if not SHELLS[name].is_board]
+    others = [name for name in shells if not SHELLS[name].is_board]
     for number in range(count):
-        is_board = "board" in shells and (number < boards or not quick)
-        shell = "board" if is_board else quick[number % len(quick)]
-        name = f"{shell}-{number}"
-        found.append((shell, Subject(name, is_board, strict=number % 5 == 4, renews=number // 2 % 2 == 1)))
+        is_board = "board" in shells and (number < boards or not others)
+        shell = "board" if is_board else others[number % len(others)]
+        gentle, strict, renews = not SHELLS[shell].hurried, number % 5 == 4, number // 2 % 2 == 1
+        found.append((shell, Subject(f"{shell}-{number}", gentle, strict, renews)))
     return found
 
 

@@ -72,8 +72,10 @@ class Boards:
         board = self._clients[client] = BoardClient(text, self._package, ca_file=str(der), **options)
 
         def changed(patch: Any, desired: Any) -> None:
-            event = {"event": "desired", "client": client, "patch": patch, "desired": desired}
-            self._on_event({**event, "version": None, "connection": None})
+            where = {name: board.change[name] for name in ("version", "connection")}
+            self._on_event(
+                {"event": "desired", "client": client, "patch": patch, "desired": desired, **where}
+            )
 
         board.on_desired(changed)
         board.on_error(lambda error: self._on_event({"event": "error", "client": client, "text": str(error)}))
@@ -93,27 +95,40 @@ class Boards:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
+# A little more than the longest delay of the core.
+_IN_LIFE = 130.0
+
+
 @dataclass(frozen=True)
 class Kind:
-    """bound: seconds after a storm within which everything is right. options: its clients'. is_board: it
-    cannot be hurried."""
+    """bound: seconds after a storm within which everything is right. options: its clients'. hurried: it waits
+    less than in life. is_board: each client is a process."""
 
     make: Callable[[OnEvent], Shell]
     bound: float
     options: dict[str, Any] = field(default_factory=dict)
+    hurried: bool = True
     is_board: bool = False
 
 
+def _kind(module: str, *arguments: str) -> Kind:
+    command = ours(module, *arguments)
+    bound = BOUND if arguments else _IN_LIFE
+    return Kind(lambda on_event: Player(*command, on_event=on_event), bound, hurried=bool(arguments))
+
+
 SHELLS = {
-    "threads": Kind(lambda on_event: Player(*ours("threads", "hurry"), on_event=on_event), BOUND),
-    "asyncio": Kind(lambda on_event: Player(*ours("coroutines", "hurry"), on_event=on_event), BOUND),
+    "threads": _kind("threads", "hurry"),
+    "asyncio": _kind("coroutines", "hurry"),
+    "threads-in-life": _kind("threads"),
+    "asyncio-in-life": _kind("coroutines"),
     # One that does not keep what it reported cannot report it again to a hub that has lost it.
-    "board": Kind(Boards, 100.0, {"keep_reported": True}, is_board=True),
+    "board": Kind(Boards, 100.0, {"keep_reported": True}, hurried=False, is_board=True),
 }
 
 
 def available() -> list[str]:
-    """The shells that this machine can play."""
+    """The shells of a run, if nobody chooses: what this machine can play, and hurried where that can be."""
     beside = Path(sys.executable).parent / "micropython"
     found = beside.exists() or shutil.which("micropython") is not None
-    return [name for name, kind in SHELLS.items() if found or not kind.is_board]
+    return [name for name, kind in SHELLS.items() if (found if kind.is_board else kind.hurried)]
