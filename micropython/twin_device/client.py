@@ -10,6 +10,7 @@ right time, so it is told a CA and refuses to dial while its clock is unset. Wi-
 
 import asyncio
 import gc
+import os
 import random
 import time
 
@@ -60,7 +61,9 @@ _FLUSH = const(5000)  # milliseconds that close() waits for reports on their way
 _MAX_EVENTS = const(16)  # of each kind, for handlers that do not keep up
 _MAX_BACKLOG = const(65536)  # bytes that a connection does not take
 _JOINED = const(512)  # bytes: a payload up to this is sent in one write with its head
+_PIECE = const(128)  # bytes of a payload that are read at once
 _LOADING = const(8192)  # gc.threshold while a twin is read: its parts lie close together then
+_MAX_CA = const(16384)  # bytes
 _VERSION = "0.1.0"
 _WHATEVER = DesiredChanged(None, None)  # up to the newest desired properties
 
@@ -793,7 +796,9 @@ class _Link:
     def chunk(self, data: memoryview) -> None:
         if self._reader is not None:
             try:
-                self._reader.feed(data)
+                # In a heap that is nearly full there are but small gaps.
+                for at in range(0, len(data), _PIECE):
+                    self._reader.feed(data[at : at + _PIECE])
             except ValueError:
                 # The core says what is to be done about it.
                 self._reader = None
@@ -842,7 +847,7 @@ def _tls_context(ca_files: "tuple[str, ...]") -> object:
     for path in ca_files:
         try:
             with open(path, "rb") as file:
-                data = file.read(16384)
+                data = file.read(min(os.stat(path)[6], _MAX_CA))
             context.load_verify_locations(cadata=data)
         except OSError:
             raise LocalError("ca_file " + path + " cannot be read")
