@@ -285,6 +285,56 @@ def test_a_handler_that_takes_its_time_holds_up_its_own_device_only(
     run(test())
 
 
+# ---------------------------------------------------------------------- a store
+
+
+def test_a_folder_keeps_a_file_for_each_device(
+    local_hub: LocalHub, make_gateway: MakeGateway, tmp_path: Path
+) -> None:
+    names = ["dev-0", "dev-0/module", "d" * 128, "*" * 100]
+    devices = [local_hub.create_device(name, desired={"n": n}) for n, name in enumerate(names)]
+
+    async def test() -> None:
+        patches: list[Any] = []
+        for n in range(2):
+            made = make_gateway(store=tmp_path)
+            made.on_desired(lambda device_id, patch, desired: patches.append((device_id, patch)))
+            for device in devices:
+                made.add(device.connection_string)
+            assert made.client("dev-0").desired == ({"n": 0} if n else {})
+            if n:
+                local_hub.stop_listening()
+                await made.start()
+                for name in names:
+                    await made.client(name).report({"later": n}, wait=False)
+            else:
+                async with made:
+                    assert await made.settled(PATIENCE)
+                    await until(lambda: len(patches) == 4, "each has its document")
+            await made.close()
+        assert sorted(patches) == sorted((name, {"n": n}) for n, name in enumerate(names))
+        local_hub.listen_again()
+        async with make_gateway(store=tmp_path) as made:
+            for device in devices:
+                made.add(device.connection_string)
+            for device in devices:
+                await until(lambda device=device: device.reported == {"later": 1}, "what was left behind")
+            # Removed, it gives its file back.
+            await made.remove("dev-0")
+            made.add(devices[0].connection_string)
+        assert len(list(tmp_path.glob("*.json"))) == 4
+        assert (tmp_path / "dev-0%2Fmodule.json").exists()
+
+    run(test())
+
+
+def test_a_store_folder_that_is_not_there_is_named(make_gateway: MakeGateway, fleet: Any) -> None:
+    made = make_gateway(store="nowhere")
+    with pytest.raises(LocalError, match="there is no folder"):
+        made.add(fleet(1)[0].connection_string)
+    assert made.status == []
+
+
 # ---------------------------------------------------------------------- whose turn it is
 
 
