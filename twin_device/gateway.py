@@ -307,10 +307,9 @@ class TwinGateway:
         closing = [asyncio.ensure_future(member.client.close()) for member in self._members.values()]
         if closing:
             try:
-                # Each has begun after this, and then ends its client even if it is cancelled.
-                await asyncio.sleep(0)
                 await asyncio.wait(closing)
             except BaseException:
+                # Each has begun by now, and ends its client even if it is cancelled.
                 for task in closing:
                     task.cancel()
                 await asyncio.wait(closing)
