@@ -17,6 +17,7 @@ import errno
 import inspect
 import logging
 import marshal
+import math
 import os
 import random
 import signal
@@ -799,7 +800,8 @@ class TwinClient:
             link = self._link = _Link(self, connected)
             password = None
             if self._certificate is None:
-                password = self._credentials.password(int(time.time() + self._token_lifetime))
+                # Whole seconds, and never fewer than the lifetime after which the core renews it.
+                password = self._credentials.password(math.ceil(time.time() + self._token_lifetime))
             link.connect(self._credentials.client_id, self._user_name, password)
             self._arm()
         except LocalError as failure:
