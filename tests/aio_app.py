@@ -1,7 +1,6 @@
 """The asyncio client behind the face of the thread client, so that one test can run on both."""
 
 import asyncio
-import inspect
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -54,8 +53,7 @@ class BlockingClient:
         async def inside() -> Any:
             # A call that fails before it gives something to await must fail in the loop, too.
             result = call()
-            # With a store, what is reported without waiting is in the file once it was awaited.
-            return await result if inspect.isawaitable(result) else result
+            return await result if asyncio.iscoroutine(result) else result
 
         return self._loop.call(inside())
 
@@ -72,7 +70,7 @@ class BlockingClient:
         self._run(self.inner.close)
 
     def __enter__(self) -> "BlockingClient":
-        self._run(self.inner.__aenter__)
+        self.connect()
         return self
 
     def __exit__(self, *_: Any) -> None:

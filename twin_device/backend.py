@@ -7,7 +7,7 @@ import http.client
 import json
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -74,9 +74,17 @@ class Backend:
 
     # ------------------------------------------------------------------ identities
 
-    def create(self, name: str, key: str | None = None) -> dict[str, Any]:
+    def create(
+        self,
+        name: str,
+        key: str | None = None,
+        *,
+        thumbprints: Sequence[str] = (),
+        ca_signed: bool = False,
+    ) -> dict[str, Any]:
         """Create a device or module ("device/module") and return its identity. key: base64, made by the hub
-        when None."""
+        when None. thumbprints: of one or two certificates that it connects with, in place of a key: SHA-1 or
+        SHA-256 in hexadecimal. ca_signed: its certificate is signed by a CA that the hub knows."""
         device, slash, module = name.partition("/")
         body: dict[str, Any] = {"deviceId": device}
         if slash:
@@ -84,6 +92,12 @@ class Backend:
         if key is not None:
             decode_key(key)
             body["authentication"] = {"type": "sas", "symmetricKey": {"primaryKey": key, "secondaryKey": key}}
+        if thumbprints:
+            primary, secondary = (*thumbprints, None)[:2]
+            shown = {"primaryThumbprint": primary, "secondaryThumbprint": secondary}
+            body["authentication"] = {"type": "selfSigned", "x509Thumbprint": shown}
+        if ca_signed:
+            body["authentication"] = {"type": "certificateAuthority"}
         identity: dict[str, Any] = self._ask("PUT", _identity_path(name), body)[0]
         return identity
 
@@ -101,16 +115,18 @@ class Backend:
         self._ask("DELETE", _identity_path(name), if_match="*")
 
     def connection_string(self, name: str) -> str:
-        """What the device or module connects with."""
-        identity = self.identity(name)
-        key = (identity.get("authentication") or {}).get("symmetricKey", {}).get("primaryKey")
-        if not key:
-            raise LocalError(f"{name} connects with a certificate: it has no key for a connection string")
+        """What the device or module connects with; x509=true in place of a key if that is a certificate."""
+        authentication = self.identity(name).get("authentication") or {}
+        if authentication.get("type") in ("selfSigned", "certificateAuthority"):
+            proof = "x509=true"
+        else:
+            key = (authentication.get("symmetricKey") or {}).get("primaryKey")
+            if not key:
+                raise LocalError(f"{name} has no key for a connection string")
+            proof = f"SharedAccessKey={key}"
         device, slash, module = name.partition("/")
         # Without the port, which is the one of the REST API.
-        return f"HostName={self._host};DeviceId={device};" + (
-            f"ModuleId={module};SharedAccessKey={key}" if slash else f"SharedAccessKey={key}"
-        )
+        return f"HostName={self._host};DeviceId={device};" + (f"ModuleId={module};" if slash else "") + proof
 
     # ------------------------------------------------------------------ twins and queries
 

@@ -1,10 +1,12 @@
 """The command twin-device: a local hub, a demo, and a device's twin from the shell."""
 
 import argparse
+import hashlib
 import json
 import logging
 import os
 import signal
+import ssl
 import sys
 import threading
 import time
@@ -18,6 +20,7 @@ from .core.errors import LocalError, RemoteError, TwinError
 _VARIABLE = "IOTHUB_DEVICE_CONNECTION_STRING"
 _SERVICE_VARIABLE = "IOTHUB_CONNECTION_STRING"
 _JOB_POLL = 0.2  # seconds
+_MAX_CERTIFICATE = 1 << 20  # characters of a file
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -138,6 +141,13 @@ def _parser() -> argparse.ArgumentParser:
         "with the hub)",
     )
     run.add_argument(
+        "--device-ca",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a CA in PEM that may sign devices' certificates; may be repeated",
+    )
+    run.add_argument(
         "--data",
         metavar="DIR",
         help="keep identities, twins, sessions and jobs there over a restart (default: in memory alone)",
@@ -239,12 +249,6 @@ def _add_gateway_commands(commands: Any) -> None:
         help="keep the table there as JSON, for twin-device gateway health (default: status.json in the "
         "folder that systemd's RuntimeDirectory= made, if any)",
     )
-    run.add_argument(
-        "--store",
-        metavar="DIR",
-        help="keep what was desired, and what is to be reported, there over a restart, in a file a device "
-        "(default: the folder that systemd's StateDirectory= made, if any)",
-    )
     run.add_argument("--plain", action="store_true", help="lines in place of the table, on a terminal, too")
     run.set_defaults(run=_gateway_run)
     health = gateway_commands.add_parser(
@@ -294,7 +298,27 @@ def _add_backend_commands(commands: Any) -> None:
         )
         one.add_argument("name", metavar="ID", help=name_help)
         if word == "create":
-            one.add_argument("--key", metavar="BASE64", help="its key; made by the hub when absent")
+            proof = one.add_mutually_exclusive_group()
+            proof.add_argument("--key", metavar="BASE64", help="its key; made by the hub when absent")
+            proof.add_argument(
+                "--thumbprint",
+                action="append",
+                default=[],
+                metavar="HEX",
+                help="it connects with the certificate of this SHA-1 or SHA-256; twice for either of two",
+            )
+            proof.add_argument(
+                "--x509-certificate",
+                action="append",
+                default=[],
+                metavar="FILE",
+                help="it connects with the certificate in this PEM file; twice for either of two",
+            )
+            proof.add_argument(
+                "--ca-signed",
+                action="store_true",
+                help="it connects with a certificate signed by a CA that the hub knows",
+            )
         one.set_defaults(run=work)
     about = "list the devices: id, status, connection"
     one = device_commands.add_parser("list", parents=[hub], help=about, description=about.capitalize() + ".")
@@ -604,6 +628,7 @@ def _hub_run(options: argparse.Namespace) -> int:
             host_names=tuple(options.host_name or ("localhost",)),
             owner_key=options.owner_key,
             certificates=options.certificates,
+            device_ca=options.device_ca,
             data=options.data,
         )
         hub.start()
@@ -705,10 +730,31 @@ def _document(text: str) -> dict[str, Any]:
 
 
 def _device_create(options: argparse.Namespace) -> int:
+    thumbprints = [*options.thumbprint, *map(_thumbprint_of, options.x509_certificate)]
+    if len(thumbprints) > 2:
+        raise LocalError(f"an identity has two certificates at most, not {len(thumbprints)}")
     with _backend(options) as backend:
-        backend.create(options.name, options.key)
+        backend.create(options.name, options.key, thumbprints=thumbprints, ca_signed=options.ca_signed)
         print(backend.connection_string(options.name))
     return 0
+
+
+def _thumbprint_of(path: str) -> str:
+    """SHA-256 of the first certificate in a PEM file."""
+    try:
+        with open(path, encoding="ascii", errors="replace") as file:
+            text = file.read(_MAX_CERTIFICATE)
+    except OSError as error:
+        raise LocalError(f"{path} cannot be read: {error.strerror}") from None
+    begin, end = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
+    _, found, rest = text.partition(begin)
+    try:
+        if not found or end not in rest:
+            raise ValueError
+        der = ssl.PEM_cert_to_DER_cert(f"{begin}{rest.partition(end)[0]}{end}")
+    except ValueError:
+        raise LocalError(f"{path} holds no certificate in PEM") from None
+    return hashlib.sha256(der).hexdigest().upper()
 
 
 def _device_delete(options: argparse.Namespace) -> int:

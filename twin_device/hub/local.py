@@ -8,15 +8,14 @@ import copy
 import json
 import logging
 import socket
-import ssl
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 from . import certificates, twins
@@ -25,8 +24,11 @@ from .faults import Fault, Faults
 from .guard import Guard, Guards
 from .jobs import JobRefused, Jobs, invoked, method_of
 from .mqtt import Connection, Endpoint, MethodFailed, Packet, Session, Settings, Telemetry
-from .registry import Registry
-from .tls import Secured
+from .registry import Identity, Registry, is_thumbprint
+from .tls import Context, Secured
+
+if TYPE_CHECKING:
+    from .x509 import Authorities, DeviceCertificate, Issuer
 
 _T = TypeVar("_T")
 Document = dict[str, Any]
@@ -41,6 +43,7 @@ _LINGER = 1.0
 # TLS handshakes under way; beyond that the oldest is given up.
 _MAX_GREETING = 1000
 _PAGE_LIFETIME = 7 * 86400  # seconds
+_DAY = 86400.0
 
 
 class LocalHub:
@@ -50,9 +53,10 @@ class LocalHub:
     is any free port, None is off; all listen on loopback only. host_names: the names that the hub goes by;
     connection strings carry the first. owner_key: base64, the key of the hub's policies; made when None.
     certificates: a folder with ca.pem and server.pem, made there when it is empty; None for one that goes
-    away with the hub. data: a folder that keeps identities, twins, sessions and jobs over a restart; None for
-    memory alone. settings: those of mqtt.Settings, by their names: what sources do not agree on, and limits.
-    ValueError names what is wrong with an argument.
+    away with the hub. device_ca: a PEM file, or several, with the CAs that may sign devices' certificates
+    (certificateAuthority). data: a folder that keeps identities, twins, sessions and jobs over a restart;
+    None for memory alone. settings: those of mqtt.Settings, by their names: what sources do not agree on, and
+    limits. ValueError names what is wrong with an argument.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class LocalHub:
         host_names: tuple[str, ...] = ("localhost",),
         owner_key: str | None = None,
         certificates: str | Path | None = None,
+        device_ca: str | Path | Sequence[str | Path] | None = None,
         data: str | Path | None = None,
         **settings: Any,
     ) -> None:
@@ -76,6 +81,8 @@ class LocalHub:
             ) from None
         self._registry = Registry(host_names, owner_key)
         self._owner_key = owner_key
+        for path in [device_ca] if isinstance(device_ca, (str, Path)) else device_ca or ():
+            self._trust().add_file(path)
         self._data = None if data is None else Path(data)
         self._faults = Faults()
         self._endpoint = Endpoint(self._registry, self._faults, chosen, self._note_change)
@@ -86,6 +93,10 @@ class LocalHub:
         self._folder = None if certificates is None else Path(certificates)
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._ca_file: Path | None = None
+        # TLS that asks for certificates, once there is a device that has one; False where it cannot be had.
+        self._asking: Context | bool | None = None
+        # Of make_certificate(): from the one that signs up to the root.
+        self._issuers: list[Issuer] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         # One at a time starts, pauses or closes it.
@@ -120,7 +131,8 @@ class LocalHub:
                 except BaseException:
                     self._clean_up()
                     raise
-            self._contexts = {"mqtts": context, "mqtt": None, "https": context, "http": None}
+            self._asking = None
+            self._contexts: dict[str, Any] = {"mqtts": context, "mqtt": None, "https": context, "http": None}
             self._loop = asyncio.SelectorEventLoop()  # on Windows too: it can wait for a listener
             self._thread = threading.Thread(target=self._run, name="twin-device-hub", daemon=True)
             self._thread.start()
@@ -320,6 +332,8 @@ class LocalHub:
 
     async def _greet(self, raw: socket.socket, name: str) -> None:
         context = self._contexts[name]
+        if name == "mqtts" and self._registry.asks_for_certificates:
+            context = self._asking_context() or context
         loop = asyncio.get_running_loop()
         try:
             if name in self._wanted and context is not None:
@@ -339,7 +353,28 @@ class LocalHub:
             raw.close()
             raise
 
-    async def _secure(self, raw: socket.socket, context: ssl.SSLContext) -> None:
+    def _asking_context(self) -> Context | None:
+        if self._asking is None and self._ca_file is not None:
+            try:
+                from .x509 import Asking  # only here: not every hub has devices with certificates
+
+                self._asking = Asking(self._ca_file.with_name("server.pem"))
+            except ModuleNotFoundError as error:
+                self._asking = False
+                _log.warning(
+                    "devices with certificates are refused, %s is missing: pip install 'twin-device[hub]'",
+                    error.name,
+                )
+        return None if isinstance(self._asking, bool) else self._asking
+
+    def _trust(self) -> "Authorities":
+        """The CAs that may sign devices' certificates, to add one."""
+        from .x509 import Authorities
+
+        self._registry.authorities = self._registry.authorities or Authorities()
+        return self._registry.authorities
+
+    async def _secure(self, raw: socket.socket, context: Context) -> None:
         secured = Secured(context, Connection(self._endpoint), self._endpoint.inbox)
         await asyncio.get_running_loop().connect_accepted_socket(lambda: secured, raw)
         try:
@@ -466,25 +501,76 @@ class LocalHub:
         device_id: str,
         key: str | None = None,
         *,
+        certificate: str | Path | tuple[str | Path, str | Path] | None = None,
+        authority: bool = False,
         desired: Document | None = None,
         tags: Document | None = None,
     ) -> "Device":
         """Create a device, or a module ("device/module", with its device when missing).
 
-        key: base64, made when None. desired, tags: what its twin begins with; desired is version 1 all the
-        same. ValueError: it exists, or an argument is bad; nothing is created then.
+        key: base64, made when None. certificate: it connects with this one, or either of two, and not with a
+        key: a PEM file, or a thumbprint (SHA-1 or SHA-256 in hexadecimal). authority: it connects with one
+        that a CA for devices has signed. desired, tags: what its twin begins with; desired is version 1 all
+        the same. ValueError: it exists, or an argument is bad; nothing is created then.
         """
+        if (key is not None) + (certificate is not None) + authority > 1:
+            raise ValueError("a device has one of key, certificate and authority")
+        thumbprints = _thumbprints(certificate)
         rules = self._endpoint.settings.rules
         twin = self._valid(lambda: twins.new(desired or {}, tags or {}, rules))
 
         def create() -> None:
             identity = self._registry.create(device_id, key)
+            if authority:
+                identity.authentication = "certificateAuthority"
+            elif certificate is not None:
+                identity.authentication, identity.thumbprints = "selfSigned", thumbprints
             if identity.device_id not in self._registry.identities:
                 self._endpoint.create(self._registry.create(identity.device_id))
             self._endpoint.create(identity, twin)
 
         self._call(create)
         return Device(self, device_id)
+
+    def make_certificate(
+        self,
+        device_id: str,
+        folder: str | Path,
+        *,
+        self_signed: bool = False,
+        intermediate: bool = False,
+        common_name: str | None = None,
+        starts: float = -3600.0,
+        ends: float = _DAY,
+    ) -> "DeviceCertificate":
+        """Make a certificate and its key for a device or module ("device/module"), as files in folder.
+
+        Signed by a throw-away CA of this hub's, which it trusts from then on; it goes with create_device(...,
+        authority=True). intermediate: another CA is in between, whose certificate is in the same file.
+        self_signed: it signed itself; give its file to create_device(..., certificate=...). common_name:
+        another than the device's. starts, ends: it is valid between them, in seconds from now; ends=-60.0 has
+        expired. One of an unknown CA is one that another LocalHub made, which need not run.
+
+        Returns certificate_file and key_file (PEM, not encrypted, for `ssl` and paho), thumbprint (SHA-256)
+        and ca_file (for another hub's device_ca; None if self-signed). Files are named after the device, and
+        take the place of older ones. ModuleNotFoundError: twin-device[hub] is not installed. ValueError: a
+        common name of more than 64 characters, which no certificate has, or an end before the start.
+        """
+        from . import x509
+
+        issuers: list[Issuer] = []
+        if not self_signed:
+            with self._life:
+                if not self._issuers:
+                    self._issuers = [x509.Issuer()]
+                    root = self._issuers[0].certificate
+                    self._call(lambda: self._trust().add(root))
+                issuers = self._issuers
+            if intermediate:
+                issuers = [x509.Issuer("twin-device hub, in between", issuers[0]), *issuers]
+        return x509.make(
+            Path(folder), device_id, device_id if common_name is None else common_name, issuers, starts, ends
+        )
 
     def device(self, device_id: str) -> "Device":
         """The device or module with this id. KeyError: there is none."""
@@ -621,7 +707,8 @@ class Device:
 
     @property
     def connection_string(self) -> str:
-        """For a device app, over TLS. It carries the port, unless that is 8883."""
+        """For a device app, over TLS. It carries the port, unless that is 8883. A device with a certificate
+        has x509=true in the place of a key."""
         return self._connection_string(self._hub.mqtts_port, 8883)
 
     @property
@@ -635,7 +722,8 @@ class Device:
         identity = self._hub._registry.identities[self.id]
         host = self._hub._registry.host_names[0] + ("" if port == standard else f":{port}")
         module = "" if identity.module_id is None else f"ModuleId={identity.module_id};"
-        return f"HostName={host};DeviceId={identity.device_id};{module}SharedAccessKey={identity.primary_key}"
+        proof = "x509=true" if identity.uses_certificate else f"SharedAccessKey={identity.primary_key}"
+        return f"HostName={host};DeviceId={identity.device_id};{module}{proof}"
 
     @property
     def keys(self) -> tuple[str, str]:
@@ -841,13 +929,16 @@ class Device:
         self._hub._call(delete)
 
     def recreate(self) -> None:
-        """Delete it and create it again with the same key: its twin is new, its versions start over."""
+        """Delete it and create it again with the same key or certificate: its twin is new, its versions start
+        over."""
 
         def recreate() -> None:
-            key = self._hub._registry.identities[self.id].primary_key
+            old = self._hub._registry.identities[self.id]
             for name in self._hub._registry.delete(self.id):
                 self._endpoint.delete(name)
-            self._endpoint.create(self._hub._registry.create(self.id, key))
+            new: Identity = self._hub._registry.create(self.id, old.primary_key)
+            new.authentication, new.thumbprints = old.authentication, old.thumbprints
+            self._endpoint.create(new)
 
         self._hub._call(recreate)
 
@@ -859,6 +950,31 @@ async def _readable(loop: asyncio.AbstractEventLoop, listener: socket.socket) ->
         await ready
     finally:
         loop.remove_reader(listener)
+
+
+def _thumbprints(
+    certificate: str | Path | tuple[str | Path, str | Path] | None,
+) -> tuple[str | None, str | None]:
+    """Primary and secondary thumbprint of what create_device() was given."""
+    given = certificate if isinstance(certificate, tuple) else (certificate, None)
+    if len(given) != 2:
+        raise ValueError(f"a device has one or two certificates, not {len(given)}")
+    primary, secondary = (one if one is None else _thumbprint(one) for one in given)
+    return primary, secondary
+
+
+def _thumbprint(certificate: str | Path) -> str:
+    if isinstance(certificate, str) and is_thumbprint(certificate):
+        return certificate
+    from .x509 import thumbprint_of_file
+
+    try:
+        return thumbprint_of_file(certificate)
+    except OSError as error:
+        raise ValueError(
+            f"{str(certificate)!r} is no thumbprint of 40 or 64 hexadecimal digits, and no file that can be "
+            f"read: {error.strerror}"
+        ) from None
 
 
 def _object(document: Any) -> Document:

@@ -8,6 +8,7 @@ import asyncio
 import copy
 import json
 import logging
+import math
 import re
 import socket
 import time
@@ -293,7 +294,8 @@ class Endpoint:
         return {**head, **self.twins[identity_id].service_view()}
 
     def keep(self, identity_id: str) -> None:
-        """Have the storage, if there is one, hold the identity as it is now."""
+        """Take notice of the identity as it is now; the storage, if there is one, holds it."""
+        self.registry.note(self.registry.identities[identity_id])
         if self.storage is not None:
             session = self.sessions.get(identity_id)
             kept = None if session is None or not session.persistent else session.subscriptions
@@ -857,7 +859,8 @@ class Connection(asyncio.BufferedProtocol):
         skew = self._faults.take("clock_skew", known)
         now = time.time() + (skew["offset"] if skew else 0.0)
         try:
-            claim = self._endpoint.registry.authenticate(client_id, user_name, password, now)
+            shown = self._transport.get_extra_info("client_certificate")
+            claim = self._endpoint.registry.authenticate(client_id, user_name, password, now, shown)
             if will is not None and _telemetry_properties(claim.identity, will[0]) is None:
                 raise Refused("the will is not for the telemetry topic")
         except (Refused, Violation) as error:
@@ -900,7 +903,8 @@ class Connection(asyncio.BufferedProtocol):
         endpoint.keep(self._id)
         self._heard = self._loop.time()
         self._check_silence()
-        self._later(claim.expiry + endpoint.settings.token_grace - now, self._expire)
+        if claim.expiry != math.inf:
+            self._later(claim.expiry + endpoint.settings.token_grace - now, self._expire)
         if endpoint.events.wants(events.CONNECTIONS):
             endpoint.events.notify(events.CONNECTIONS, self._id, "deviceConnected", None)
         self._send(2, 0, bytes((1 if present else 0, 0)))

@@ -7,10 +7,16 @@ import base64
 import binascii
 import hashlib
 import hmac
+import math
 import re
 import secrets
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote
+
+if TYPE_CHECKING:
+    # It needs more than the standard library; who has devices with keys alone does without.
+    from .x509 import Authorities, Shown
 
 _ID = re.compile(r"[A-Za-z0-9\-:.+%_#*?!(),=@;$']{1,128}\Z")
 # Rights of the policies that every hub begins with.
@@ -21,6 +27,9 @@ _POLICIES = {
     "registryRead": {"RegistryRead"},
     "registryReadWrite": {"RegistryRead", "RegistryWrite"},
 }
+_THUMBPRINT = re.compile(r"([0-9A-Fa-f]{40}|[0-9A-Fa-f]{64})\Z")
+# Of identities that connect with a certificate.
+_X509 = ("selfSigned", "certificateAuthority")
 
 
 class Refused(Exception):
@@ -44,6 +53,11 @@ def check_key(key: str) -> str:
     except (binascii.Error, ValueError):
         pass
     raise ValueError("a key is not base64")
+
+
+def is_thumbprint(text: str) -> bool:
+    """True for a SHA-1 or SHA-256 in hexadecimal digits."""
+    return _THUMBPRINT.match(text) is not None
 
 
 @dataclass
@@ -98,6 +112,11 @@ class Identity:
         self.changes += 1
 
     @property
+    def uses_certificate(self) -> bool:
+        """It connects with a certificate, not with a token."""
+        return self.authentication in _X509
+
+    @property
     def resource(self) -> str:
         """What a token has to cover, behind the host name."""
         tail = "" if self.module_id is None else f"/modules/{self.module_id}"
@@ -106,7 +125,7 @@ class Identity:
 
 @dataclass
 class Claim:
-    """What a CONNECT says of itself, checked."""
+    """What a CONNECT says of itself, checked. expiry: of its token, in Unix seconds; infinite without one."""
 
     identity: Identity
     expiry: float
@@ -122,6 +141,21 @@ class Registry:
         self.host_names = tuple(name.lower() for name in host_names)
         self.policy_key = check_key(owner_key) if owner_key else make_key()
         self.identities: dict[str, Identity] = {}
+        # Who may vouch for devices; None: nobody.
+        self.authorities: Authorities | None = None
+        self._with_certificate: set[str] = set()
+
+    @property
+    def asks_for_certificates(self) -> bool:
+        """True if there is a device whose certificate could count."""
+        return self.authorities is not None or bool(self._with_certificate)
+
+    def note(self, identity: Identity) -> None:
+        """Take notice of how an identity connects from now on."""
+        if identity.uses_certificate:
+            self._with_certificate.add(identity.id)
+        else:
+            self._with_certificate.discard(identity.id)
 
     def create(self, identity_id: str, key: str | None = None) -> Identity:
         """Add a device, or a module ("device/module"). ValueError: it exists, or the id or key is bad."""
@@ -145,10 +179,13 @@ class Registry:
         modules = [other for other in self.identities if other.startswith(identity_id + "/")]
         for other in modules:
             del self.identities[other]
+        self._with_certificate.difference_update((identity_id, *modules))
         return [identity_id, *modules]
 
-    def authenticate(self, client_id: str, user_name: str, password: str, now: float) -> Claim:
-        """The claim of a CONNECT; Refused if it is not to be believed. now: Unix seconds."""
+    def authenticate(
+        self, client_id: str, user_name: str, password: str, now: float, shown: "Shown | None" = None
+    ) -> Claim:
+        """The claim of a CONNECT; Refused if it is not to be believed. now: Unix seconds. shown: in TLS."""
         host, identity_id, parameters = _parse_user_name(user_name)
         if host not in self.host_names:
             raise Refused(f"the user name names the host {host!r}, this hub is {', '.join(self.host_names)}")
@@ -160,9 +197,15 @@ class Registry:
         device = self.identities.get(identity.device_id, identity)
         if not identity.enabled or not device.enabled:
             raise Disabled("the identity is disabled")
-        if identity.authentication != "sas":
-            raise Refused("the identity connects with a certificate, which this hub cannot check")
-        expiry = self._check_token(identity, password, now)
+        if identity.uses_certificate:
+            self._check_certificate(identity, password, shown, now)
+            expiry = math.inf
+        elif identity.authentication == "sas":
+            if shown is not None and not password:
+                raise Refused("a certificate is shown, and the identity connects with a key")
+            expiry = self._check_token(identity, password, now)
+        else:
+            raise Refused(f"an identity of authentication {identity.authentication!r} does not connect")
         if "model-id" in parameters:
             identity.model_id = parameters["model-id"]
         return Claim(identity, expiry, parameters.get("api-version") or None)
@@ -184,6 +227,24 @@ class Registry:
         )
         signature = quote(base64.b64encode(digest), safe="")
         return f"SharedAccessSignature sr={resource}&sig={signature}&se={expiry}&skn={policy}"
+
+    def _check_certificate(
+        self, identity: Identity, password: str, shown: "Shown | None", now: float
+    ) -> None:
+        if password:
+            raise Refused("there is a password, and the identity connects with a certificate")
+        if shown is None:
+            raise Refused("the identity connects with a certificate, and none is shown")
+        shown.check_time(now)
+        if identity.authentication == "selfSigned":
+            wanted = {one.upper() for one in identity.thumbprints if one}
+            if wanted.isdisjoint(shown.thumbprints):
+                raise Refused("the certificate's thumbprint is none of the identity's")
+            return
+        if self.authorities is None:
+            raise Refused("this hub knows no CA for devices")
+        self.authorities.check(shown, now)
+        shown.check_name(identity.id)
 
     def _check_token(self, identity: Identity, token: str, now: float) -> float:
         fields = _parse_token(token)

@@ -8,7 +8,6 @@ import base64
 import binascii
 import hashlib
 import logging
-import re
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -21,7 +20,7 @@ from .guard import Guards
 from .jobs import JobRefused, Jobs, invoked, method_of
 from .mqtt import Endpoint, MethodFailed
 from .problem import Problem
-from .registry import Identity, Refused, check_key, make_key
+from .registry import Identity, Refused, check_key, is_thumbprint, make_key
 from .websocket import WebSockets
 
 _log = logging.getLogger("twin_device.hub")
@@ -47,7 +46,6 @@ _IMPORT_MODES = {
     )
 }
 _WHICH = ("primary", "secondary")
-_THUMBPRINT = re.compile(r"([0-9A-Fa-f]{40}|[0-9A-Fa-f]{64})\Z")
 _STATUSES = ("enabled", "disabled")
 _AUTHENTICATION = ("sas", "selfSigned", "certificateAuthority", "none")
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -468,6 +466,9 @@ def _identity_settings(body: Document) -> Document:
     if not body.get("authentication"):
         # As the service does: who says nothing of keys gets new ones, with an update too.
         primary, secondary = make_key(), make_key()
+    shown = tuple(_thumbprint(thumbprints.get(f"{which}Thumbprint")) for which in _WHICH)
+    if kind == "selfSigned" and not any(shown):
+        raise Problem(400004, "An identity of type selfSigned has a thumbprint.")
     return {
         "enabled": status == "enabled",
         "status_reason": reason,
@@ -476,14 +477,14 @@ def _identity_settings(body: Document) -> Document:
         "authentication": kind,
         "primary_key": primary,
         "secondary_key": secondary,
-        "thumbprints": tuple(_thumbprint(thumbprints.get(f"{which}Thumbprint")) for which in _WHICH),
+        "thumbprints": shown,
     }
 
 
 def _thumbprint(value: Any) -> str | None:
     if not value:
         return None
-    if not isinstance(value, str) or not _THUMBPRINT.match(value):
+    if not isinstance(value, str) or not is_thumbprint(value):
         raise Problem(400004, "A thumbprint is 40 or 64 hexadecimal digits.")
     return value
 

@@ -6,7 +6,13 @@ Here TLS runs in memory (ssl.SSLObject), between a transport of asyncio's and th
 import asyncio
 import contextlib
 import ssl
-from typing import Any
+from typing import Any, Protocol
+
+
+class Context(Protocol):
+    """An ssl.SSLContext, or what does its work here."""
+
+    def wrap_bio(self, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO, *, server_side: bool) -> Any: ...
 
 
 class Secured(asyncio.BufferedProtocol, asyncio.Transport):
@@ -16,7 +22,7 @@ class Secured(asyncio.BufferedProtocol, asyncio.Transport):
     have the same. done: then a future's result, or ssl.SSLError or ConnectionError if that fails.
     """
 
-    def __init__(self, context: ssl.SSLContext, inside: asyncio.BufferedProtocol, inbox: memoryview) -> None:
+    def __init__(self, context: Context, inside: asyncio.BufferedProtocol, inbox: memoryview) -> None:
         super().__init__()
         self._inside: Any = inside  # data_received() is its own
         self._inbox = inbox
@@ -79,6 +85,10 @@ class Secured(asyncio.BufferedProtocol, asyncio.Transport):
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         if name == "ssl_object":
             return self._tls
+        if name == "client_certificate":
+            # What ssl verifies it was not asked for here.
+            show = getattr(self._tls, "client_certificate", None)
+            return default if show is None else show()
         return default if self._outside is None else self._outside.get_extra_info(name, default)
 
     def is_closing(self) -> bool:

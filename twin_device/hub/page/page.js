@@ -204,7 +204,8 @@ find("copy").addEventListener("click", () =>
     const [device, module] = chosen.split("/");
     const parts = [`HostName=${location.hostname}`, `DeviceId=${device}`];
     if (module !== undefined) parts.push(`ModuleId=${module}`);
-    parts.push(`SharedAccessKey=${authentication.symmetricKey.primaryKey}`);
+    const key = authentication.symmetricKey.primaryKey;
+    parts.push(key ? `SharedAccessKey=${key}` : "x509=true");
     await navigator.clipboard.writeText(parts.join(";"));
     return "Copied. It names no port: MQTT over TLS is taken to be on 8883.";
   }),
