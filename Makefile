@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check outage bench mpy board-budget bench-hub scorecard chaos screenshot clean
+.PHONY: demo test check outage renewals bench mpy board-budget bench-hub scorecard chaos screenshot clean
 
 demo: .venv/installed
 	@$(BIN)/twin-device demo
@@ -40,6 +40,10 @@ scorecard: .venv/installed
 SEED ?= 1
 chaos: .venv/installed
 	@$(BIN)/python -m tests.chaos.run --seed $(SEED) $(if $(SECONDS),--seconds $(SECONDS))
+
+# 1,000 tokens are replaced under load; nothing may be lost.
+renewals: .venv/installed
+	@$(BIN)/python -m tests.renewals
 
 # 10,000 simulated clients come back after an outage; draws the image in README.
 outage: .venv/installed

@@ -35,14 +35,18 @@ MERGED = {
     "core.errors": CORE / "errors.py",
     "core.topics": CORE / "topics.py",
     "core.patch": CORE / "patch.py",
-    "core.credentials": CORE / "credentials.py",
     "core.stream": CORE / "stream.py",
     "core.twin": CORE / "twin.py",
     "mqtt": HERE / "twin_device" / "mqtt.py",
     "client": HERE / "twin_device" / "client.py",
 }
-# Loaded by the apps that need them.
-APART = {"settings": CORE / "settings.py", "store": HERE / "twin_device" / "store.py"}
+# Loaded by the apps that need them; the first by every app, but only while it begins a connection.
+APART = {
+    "credentials": CORE / "credentials.py",
+    "settings": CORE / "settings.py",
+    "store": HERE / "twin_device" / "store.py",
+}
+FORGOTTEN = "credentials"
 # Classes that apps use: their public names, and what their functions' arguments are called, are kept.
 FACES = ("Report", "TwinClient", "FileStore", "NvsStore")
 # Attributes of MicroPython's own objects that CPython's do not have.
@@ -63,6 +67,8 @@ UPPER = LOWER.upper()
 _LONGEST_NAME = 10  # MicroPython's compiler makes a name of a string up to this, which costs the least
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
+# What is imported lives until its function ends; what came but in half is not to be found the next time.
+FORGET = f"sys.modules.pop('twin_device.{FORGOTTEN}', None); globals().pop('{FORGOTTEN}', None)"
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -223,7 +229,7 @@ class Package:
                     continue
                 if isinstance(node, (ast.Import, ast.ImportFrom)) and module in MERGED:
                     text = ast.unparse(node)
-                    if text not in self.imports and text != "import sys":
+                    if text not in self.imports:
                         self.imports.append(text)
                     continue
                 if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
@@ -402,6 +408,8 @@ class _Renamer(ast.NodeTransformer):
         if not node.level:
             return node
         source = self._package._source(node)
+        if source == FORGOTTEN:
+            return ast.Try([ast.ImportFrom(source, node.names, 1)], [], [], ast.parse(FORGET).body)
         if source in APART:
             return ast.ImportFrom(source, node.names, 1)
         constants = self._package.constants[source]
@@ -444,8 +452,8 @@ class _Renamer(ast.NodeTransformer):
         elif not self._scopes:
             node.name = self._globals.get(node.name, node.name)
         self._scopes.append(scope)
-        body = [self.visit(each) for each in node.body]
-        node.body = [each for each in body if each is not None]
+        module = self.generic_visit(ast.Module(node.body, []))
+        node.body = module.body  # type: ignore[attr-defined]  # it is the module
         self._scopes.pop()
         return node
 

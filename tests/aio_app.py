@@ -1,6 +1,7 @@
 """The asyncio client behind the face of the thread client, so that one test can run on both."""
 
 import asyncio
+import inspect
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -53,7 +54,8 @@ class BlockingClient:
         async def inside() -> Any:
             # A call that fails before it gives something to await must fail in the loop, too.
             result = call()
-            return await result if asyncio.iscoroutine(result) else result
+            # With a store, what is reported without waiting is in the file once it was awaited.
+            return await result if inspect.isawaitable(result) else result
 
         return self._loop.call(inside())
 
@@ -70,7 +72,7 @@ class BlockingClient:
         self._run(self.inner.close)
 
     def __enter__(self) -> "BlockingClient":
-        self.connect()
+        self._run(self.inner.__aenter__)
         return self
 
     def __exit__(self, *_: Any) -> None:

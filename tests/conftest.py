@@ -1,5 +1,7 @@
 """Fixtures that several test files need: a device on a local hub, and an app that is connected to it."""
 
+import logging
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +19,44 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         fixed = item.path.parent.name == "interop"
         item.add_marker(pytest.mark.xdist_group("interop" if fixed else item.path.name))
+
+
+# What looks like a key (32 bytes in base64), a token's signature, or a connection string's key.
+_SECRET = re.compile(
+    r"(?<![A-Za-z0-9+/])[A-Za-z0-9+/]{43}=|sig=[A-Za-z0-9%+/]{16}|SharedAccessKey=[^;\s.]{8}", re.IGNORECASE
+)
+
+
+class _Watch(logging.Handler):
+    """Reads everything that the package logs, at DEBUG."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.seen = 0
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.seen += 1
+        text = self.format(record)
+        if _SECRET.search(text):
+            self.found.append(f"{record.name}, {record.pathname}:{record.lineno}: {text[:500]}")
+
+
+@pytest.fixture(scope="session")
+def watch() -> Iterator[_Watch]:
+    logger, watch = logging.getLogger("twin_device"), _Watch()
+    logger.addHandler(watch)
+    logger.setLevel(logging.DEBUG)
+    yield watch
+    logger.removeHandler(watch)
+
+
+@pytest.fixture(autouse=True)
+def _no_secret_is_logged(watch: _Watch) -> Iterator[None]:
+    """No test may make the package log a key or a signature."""
+    yield
+    found, watch.found = watch.found, []
+    assert found == []
 
 
 @pytest.fixture

@@ -36,6 +36,7 @@ from twin_device import (
     ReportRejected,
     ReportTimeout,
     RetrieveTimeout,
+    StoreError,
     aio,
 )
 from twin_device.aio import Report, TwinClient
@@ -849,6 +850,135 @@ def test_a_name_server_that_hangs_holds_nobody(mocker: MockerFixture) -> None:
     run(test())
 
 
+# ---------------------------------------------------------------------- a store
+
+
+def store_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name == "twin-store"]
+
+
+def test_a_card_that_hangs_holds_up_no_loop(
+    local_hub: LocalHub, make: MakeClient, device: Device, tmp_path: Path, mocker: MockerFixture
+) -> None:
+    async def test() -> None:
+        hanging, go_on = threading.Event(), threading.Event()
+        sync = os.fsync
+
+        def hang(descriptor: int) -> None:
+            hanging.set()
+            assert go_on.wait(PATIENCE)
+            sync(descriptor)
+
+        other = local_hub.create_device("dev-2")
+        async with make(device, store=tmp_path / "twin.json") as client, make(other) as neighbour:
+            mocker.patch("os.fsync", hang)
+            report = asyncio.ensure_future(client.report({"a": 1}))
+            await until(hanging.is_set, "the write hangs")
+            assert await neighbour.report({"b": 1}) == 2
+            device.wait_for({"a": 1})
+            assert await client.retrieve() == {"desired": {"telemetryInterval": 30}, "reported": {"a": 1}}
+            assert not report.done()
+            go_on.set()
+            assert await soon(report) == 2
+        assert b'"a":1' in (tmp_path / "twin.json").read_bytes()
+        await until(lambda: store_threads() == [], "no thread stays")
+
+    run(test())
+
+
+def test_a_write_that_does_not_end_is_told_in_time(
+    make: MakeClient, device: Device, tmp_path: Path, mocker: MockerFixture
+) -> None:
+    async def test() -> None:
+        go_on = threading.Event()
+        errors: list[Exception] = []
+        client = make(device, store=tmp_path / "twin.json", timeout=0.3)
+        client.on_error(errors.append)
+        await client.connect(timeout=PATIENCE)
+        await until(lambda: (tmp_path / "twin.json").exists(), "the first document is kept")
+        mocker.patch("os.fsync", side_effect=lambda descriptor: go_on.wait(PATIENCE))
+        assert await client.report({"a": 1}) == 2
+        await until(lambda: errors, "it is told")
+        assert isinstance(errors[0], StoreError)
+        assert "twin.json: a write does not end" in str(errors[0])
+        closing = time.monotonic()
+        await client.close()
+        assert time.monotonic() - closing < PATIENCE / 2
+        go_on.set()
+        await until(lambda: store_threads() == [], "no thread stays")
+
+    run(test())
+
+
+def test_a_handler_may_close_a_client_with_a_store(make: MakeClient, device: Device, tmp_path: Path) -> None:
+    async def test() -> None:
+        path = tmp_path / "twin.json"
+        client = make(device, store=path)
+        left = asyncio.Event()
+
+        @client.on_desired
+        async def reboot(patch: dict[str, Any], desired: dict[str, Any]) -> None:
+            client.report({"left": 1}, wait=False)
+            await client.close()
+            with pytest.raises(LocalError, match="is used by another client"):
+                make(device, store=path)
+            left.set()
+
+        await client.connect(wait=False)
+        await soon(left.wait())
+        again = await until(lambda: client._dispatcher is None and make(device, store=path), "the end")
+        assert again.desired == {"telemetryInterval": 30}
+        async with again:
+            await until(lambda: device.reported == {"left": 1}, "what was left is delivered")
+        assert client._dispatcher is None
+
+    run(test())
+
+
+def test_a_handler_cut_short_is_called_again_by_the_next_run(
+    make: MakeClient, device: Device, tmp_path: Path
+) -> None:
+    async def test() -> None:
+        path = tmp_path / "twin.json"
+        client = make(device, store=path, timeout=0.2)
+        begun = asyncio.Event()
+
+        @client.on_desired
+        async def sleeps(patch: dict[str, Any], desired: dict[str, Any]) -> None:
+            begun.set()
+            await asyncio.sleep(3600)
+
+        await client.connect(timeout=PATIENCE)
+        await soon(begun.wait())
+        await client.close()
+        patches: list[Any] = []
+        again = make(device, store=path)
+        assert again.desired == {}
+        again.on_desired(lambda patch, desired: patches.append(patch))
+        async with again:
+            await until(lambda: patches, "the patch")
+        assert patches == [{"telemetryInterval": 30}]
+
+    run(test())
+
+
+def test_settings_go_on_where_a_client_was_closed(make: MakeClient, device: Device, tmp_path: Path) -> None:
+    async def test() -> None:
+        path = tmp_path / "twin.json"
+        applied: list[Any] = []
+        for _ in range(2):
+            client = make(device, store=path)
+            client.setting("telemetryInterval")(applied.append)
+            async with client:
+                await until(
+                    lambda: device.reported.get("telemetryInterval", {}).get("status") == "Success", "applied"
+                )
+                await client.retrieve()
+        assert applied == [30]
+
+    run(test())
+
+
 # ---------------------------------------------------------------------- neighbours
 
 
@@ -987,7 +1117,8 @@ def test_a_fleet_that_comes_back_shakes_hands_one_after_the_other(
         await asyncio.gather(*(client.connect() for client in clients))
         counting.cancel()
         await asyncio.gather(counting, *(client.close() for client in clients), return_exceptions=True)
-        assert sum(steps.values()) >= 40
+        # Mostly two each; one, if the hub was quick.
+        assert sum(steps.values()) >= 20
         assert max(steps.values()) <= 2
 
     run(test())

@@ -22,7 +22,7 @@ from tests.test_faults import (  # noqa: F401  # as above
     test_a_refused_report_is_told_and_holds_nothing_up,
     test_an_app_that_is_refused_is_told_at_once,
 )
-from tests.vm import ROOT, build, micropython
+from tests.vm import ROOT, build, micropython, run
 
 VECTORS = Path(__file__).parent / "vectors"
 MODULES = ("credentials", "errors", "patch", "topics")
@@ -62,12 +62,40 @@ def test_every_vector_holds(builder, tmp_path):
     core = tmp_path / "core"
     core.mkdir()
     (core / "__init__.py").write_text("")
-    (core / "settings.py").write_text("from twin_device.settings import Settings\n")
-    for name in (*MODULES, "stream", "twin"):
-        (core / f"{name}.py").write_text("from twin_device import *\n")
+    for name in (*MODULES, "settings", "stream", "twin"):
+        module = f"twin_device.{name}" if name in builder.APART else "twin_device"
+        (core / f"{name}.py").write_text(f"from {module} import *\n")
     found = lines(micropython(), "MICROPYPATH", tmp_path)
     assert [line for line in found if not line.endswith(" PASS")] == ["failed: 0"]
     assert len(found) > 500
+
+
+FORGETFUL = """
+import os, sys
+from twin_device import TwinClient
+
+def make():
+    client = TwinClient.from_connection_string("HostName=h;DeviceId=d;SharedAccessKey=a2V5", tls=False)
+    print(sorted(name for name in sys.modules if name.startswith("twin_device")))
+
+make()
+place = os.getenv("PLACE") + "/twin_device/credentials.py"
+with open(place, "w") as file:
+    file.write("raise MemoryError")
+try:
+    make()
+except MemoryError:
+    print("no memory")
+os.remove(place)
+make()
+"""
+
+
+def test_credentials_are_in_memory_only_while_they_are_used(tmp_path):
+    build(tmp_path)
+    (tmp_path / "program.py").write_text(FORGETFUL)
+    done = run(tmp_path / "program.py", tmp_path, PLACE=str(tmp_path))
+    assert done.stdout.splitlines() == ["['twin_device']", "no memory", "['twin_device']"], done.stderr
 
 
 def face(path):

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -208,6 +209,22 @@ def test_a_device_that_is_refused_does_not_disturb_the_rest(
     run(test())
 
 
+def test_who_waits_for_the_fleet_does_not_wait_for_what_was_removed(
+    make_gateway: MakeGateway, fleet: Any
+) -> None:
+    async def test() -> None:
+        async with make_gateway(connects_per_second=0.01) as made:
+            for device in fleet(2):
+                made.add(device.connection_string)
+            settled = asyncio.ensure_future(made.settled())
+            await until(lambda: made.summary.synchronised == 1, "the first has no wait")
+            assert not settled.done()
+            await made.remove("dev-1")
+            assert await soon(settled) is True
+
+    run(test())
+
+
 def test_a_device_that_is_enabled_again_is_rejected_no_longer(make_gateway: MakeGateway, fleet: Any) -> None:
     async def test() -> None:
         (device,) = fleet(1)
@@ -224,6 +241,12 @@ def test_a_device_that_is_enabled_again_is_rejected_no_longer(make_gateway: Make
             device.disable()
             await until(lambda: refusals(made) == ["dev-0"], "it is refused again")
             assert made.summary[:4] == (1, 0, 0, 1)
+            device.enable()
+            # The next attempt, now.
+            client = made.client("dev-0")
+            client._twin._connect_at = 0
+            client._arm()
+            await until(lambda: made.summary[:4] == (1, 1, 1, 0), "it is in again")
 
     run(test())
 
@@ -285,25 +308,75 @@ def test_a_handler_that_takes_its_time_holds_up_its_own_device_only(
     run(test())
 
 
+# ---------------------------------------------------------------------- a store
+
+
+def test_a_folder_keeps_a_file_for_each_device(
+    local_hub: LocalHub, make_gateway: MakeGateway, tmp_path: Path
+) -> None:
+    names = ["dev-0", "dev-0/module", "d" * 128, "*" * 100]
+    devices = [local_hub.create_device(name, desired={"n": n}) for n, name in enumerate(names)]
+
+    async def test() -> None:
+        patches: list[Any] = []
+        for n in range(2):
+            made = make_gateway(store=tmp_path)
+            made.on_desired(lambda device_id, patch, desired: patches.append((device_id, patch)))
+            for device in devices:
+                made.add(device.connection_string)
+            assert made.client("dev-0").desired == ({"n": 0} if n else {})
+            if n:
+                local_hub.stop_listening()
+                await made.start()
+                for name in names:
+                    await made.client(name).report({"later": n}, wait=False)
+            else:
+                async with made:
+                    assert await made.settled(PATIENCE)
+                    await until(lambda: len(patches) == 4, "each has its document")
+            await made.close()
+        assert sorted(patches) == sorted((name, {"n": n}) for n, name in enumerate(names))
+        local_hub.listen_again()
+        async with make_gateway(store=tmp_path) as made:
+            for device in devices:
+                made.add(device.connection_string)
+            for device in devices:
+                await until(lambda device=device: device.reported == {"later": 1}, "what was left behind")
+            # Removed, it gives its file back.
+            await made.remove("dev-0")
+            made.add(devices[0].connection_string)
+        assert len(list(tmp_path.glob("*.json"))) == 4
+        assert (tmp_path / "dev-0%2Fmodule.json").exists()
+
+    run(test())
+
+
+def test_a_store_folder_that_is_not_there_is_named(make_gateway: MakeGateway, fleet: Any) -> None:
+    made = make_gateway(store="nowhere")
+    with pytest.raises(LocalError, match="there is no folder"):
+        made.add(fleet(1)[0].connection_string)
+    assert made.status == []
+
+
 # ---------------------------------------------------------------------- whose turn it is
 
 
-def test_turns_are_spread_by_rate_and_jitter() -> None:
+def test_turns_are_spread_by_rate_and_jitter(mocker: MockerFixture) -> None:
+    mocker.patch.object(gateway, "time", SimpleNamespace(monotonic=lambda: 100.0))
     made = TwinGateway(connects_per_second=100)
     turns = [made._turn() for _ in range(1000)]
     gaps = [later - earlier for earlier, later in itertools.pairwise(turns)]
     assert turns[0] == 0
-    # Each is a little less than what was drawn: time goes on between two calls.
-    assert 0.004 < min(gaps) < 0.007
-    assert 0.013 < max(gaps) <= 0.015
-    assert 9.0 < turns[-1] < 10.5
+    assert 0.0049 < min(gaps) < 0.006
+    assert 0.014 < max(gaps) < 0.0151
+    assert 9.5 < turns[-1] < 10.5
 
 
 def test_who_has_not_dialled_for_long_has_no_turns_to_spare(mocker: MockerFixture) -> None:
-    clock = mocker.patch.object(gateway.time, "monotonic", return_value=100.0)
+    clock = mocker.patch.object(gateway, "time", SimpleNamespace(monotonic=lambda: 100.0))
     made = TwinGateway(connects_per_second=10)
     assert made._turn() == 0
-    clock.return_value = 200.0
+    clock.monotonic = lambda: 200.0
     assert made._turn() == 0
     assert 0.05 <= made._turn() <= 0.15
 

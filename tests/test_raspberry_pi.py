@@ -76,9 +76,9 @@ def test_the_unit_agrees_with_the_gateway() -> None:
 def test_the_units_command_runs_as_it_stands(local_hub: LocalHub, tmp_path: Path) -> None:
     devices = [local_hub.create_device(f"room-{n}", desired={"telemetryInterval": 15 + n}) for n in range(3)]
     devices[2].patch_desired({"telemetryInterval": "often"})
-    etc, runtime = tmp_path / "etc", tmp_path / "run"
-    etc.mkdir()
-    runtime.mkdir()
+    etc, runtime, state = tmp_path / "etc", tmp_path / "run", tmp_path / "lib"
+    for folder in (etc, runtime, state):
+        folder.mkdir()
     shutil.copy(FOLDER / "app.py", etc)
     fleet = etc / "devices.csv"
     fleet.write_text(
@@ -102,6 +102,7 @@ def test_the_units_command_runs_as_it_stands(local_hub: LocalHub, tmp_path: Path
             "NOTIFY_SOCKET": str(tmp_path / "notify"),
             "WATCHDOG_USEC": "30000000",
             "RUNTIME_DIRECTORY": str(runtime),
+            "STATE_DIRECTORY": str(state),
         }
         with subprocess.Popen(
             shlex.split(command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -121,6 +122,7 @@ def test_the_units_command_runs_as_it_stands(local_hub: LocalHub, tmp_path: Path
     assert "room-2: telemetryInterval 'often' is not from 1 to 86400" in output
     assert devices[2].reported == {}
     assert not (runtime / "status.json").exists()
+    assert b'"reported":{"telemetryInterval":15}' in (state / "room-0.json").read_bytes()
 
 
 def test_the_examples_are_what_they_show() -> None:

@@ -17,6 +17,7 @@ import errno
 import inspect
 import logging
 import marshal
+import math
 import os
 import random
 import signal
@@ -29,7 +30,7 @@ import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, overload
 
 from . import __version__
 from . import tls as tls_files
@@ -42,8 +43,12 @@ from .core.errors import (
     RemoteError,
     ReportTimeout,
     RetrieveTimeout,
+    StoreError,
     TwinError,
 )
+
+if TYPE_CHECKING:
+    from .store import Kept
 
 __all__ = ["Change", "Changes", "Report", "TwinClient"]
 
@@ -95,10 +100,11 @@ _Waiters = list["asyncio.Future[bool]"]
 class Report:
     """A report on its way to the hub. Reports that left in one patch may be one and the same Report."""
 
-    __slots__ = ("_done", "_error", "_timeout", "_version", "_waiters", "_watched")
+    __slots__ = ("_done", "_error", "_keeper", "_timeout", "_version", "_waiters", "_watched")
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float, keeper: "_Keeper | None" = None) -> None:
         self._timeout = timeout
+        self._keeper = keeper
         self._done = False
         self._version: int | None = None
         self._error: TwinError | None = None
@@ -111,9 +117,10 @@ class Report:
         return f"<Report {state}>"
 
     def __await__(self) -> Generator[None, None, "Report"]:
-        # What report(wait=False) gives is there already, awaited or not.
+        # What report(wait=False) gives is there already, awaited or not; with a store it is kept then.
+        if self._keeper is not None:
+            yield from self._keeper.kept().__await__()
         return self
-        yield
 
     @property
     def done(self) -> bool:
@@ -191,6 +198,11 @@ class TwinClient:
     connect but the one that replaces a token; gives the seconds that it must wait for its turn, for fleets
     (gateway.TwinGateway).
 
+    store: a file in which the client goes on where an earlier run with this identity stopped, as of the
+    client for threads. A report is in the file once `await client.report(...)` has returned, also with
+    wait=False. The file is written in a thread that is shared by all clients, so that a slow card holds up
+    no loop, and ends when there is nothing to write. It is this client's until close() has returned.
+
     Handlers are plain functions or coroutine functions. They run one at a time and in order, in a task of
     their own, and may call every method. Like everything in a loop a plain function must not block: what
     takes long belongs into a coroutine, or into `asyncio.to_thread`; one that blocks for more than 50 ms is
@@ -218,6 +230,7 @@ class TwinClient:
         product_info: str = "",
         model_id: str | None = None,
         token_lifetime: float = 3600,
+        store: str | os.PathLike[str] | None = None,
         pace: Callable[[], float] | None = None,
     ) -> None:
         if not 1 <= keep_alive <= _MAX_KEEP_ALIVE:
@@ -258,8 +271,15 @@ class TwinClient:
         self._appliers: dict[str, Callable[[Any], object]] = {}
         self._iterators: weakref.WeakSet[Changes] | None = None
 
+        self._events: deque[Any] = deque()
+        self._keeper = None if store is None else _Keeper(self, store)
+        kept = None if self._keeper is None else self._keeper.found
         self._twin = twin.Twin(
-            timeout=max(1, int(self._timeout * 1000 / 3)), request_id=random.randrange(1 << 16) << 16
+            timeout=max(1, int(self._timeout * 1000 / 3)),
+            request_id=random.randrange(1 << 16) << 16,
+            desired=kept and kept.desired,
+            reported=kept and kept.reported,
+            reports=kept and kept.reports,
         )
         self._settings = settings.Settings(self._twin)
         self._reports: dict[int, Report] = {}
@@ -283,7 +303,6 @@ class TwinClient:
         # With a pace: when the attempt that is due may be made. Nothing else is due meanwhile.
         self._pace = pace
         self._turn_at: int | None = None
-        self._events: deque[Any] = deque()
         self._dispatcher: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
@@ -488,7 +507,8 @@ class TwinClient:
 
     async def close(self) -> None:
         """Disconnect for good. While synchronised, first waits up to 5 seconds for reports on their way;
-        those that stay unanswered, and every other call that waits, end in NotConnected.
+        those that stay unanswered, and every other call that waits, end in NotConnected. With a store, the
+        next run delivers them all the same.
 
         Handlers are treated as by disconnect(). Nothing is left then: no task, no socket, no timer.
         """
@@ -500,14 +520,26 @@ class TwinClient:
         finally:
             self._closed = True
             self._stop()
+            if self._keeper is not None:
+                self._keeper.leave()
             self._perform(self._twin.abandon())
             _wake(self._changed)
             for iterator in self._iterators or ():
                 _wake(iterator._waiters)
-            await self._settle()
+            try:
+                await self._settle()
+            finally:
+                if self._keeper is not None and self._dispatcher is not asyncio.current_task():
+                    await self._keeper.close()
 
     async def __aenter__(self) -> "TwinClient":
-        await self.connect()
+        try:
+            await self.connect()
+        except BaseException:
+            # No __aexit__ will come to give the file back.
+            if self._keeper is not None:
+                await self.close()
+            raise
         return self
 
     async def __aexit__(
@@ -586,13 +618,17 @@ class TwinClient:
         ticket, outputs = self._twin.report(patch, _now(), version, always)
         report = self._reports.get(ticket)
         if report is None:
-            report = self._reports[ticket] = Report(self._timeout)
+            report = self._reports[ticket] = Report(self._timeout, self._keeper)
         report._watched += wait
         self._perform(outputs)
+        if self._keeper is not None:
+            self._keeper.keep()
         return self._answer(report, timeout) if wait else report
 
     async def _answer(self, report: Report, timeout: float | None) -> int | None:
         try:
+            if self._keeper is not None:
+                await self._keeper.kept()
             return await report.wait(timeout)
         except (asyncio.CancelledError, ReportTimeout):
             report._watched -= 1
@@ -641,7 +677,7 @@ class TwinClient:
             elif kind is twin.DesiredChanged:
                 for iterator in self._iterators or ():
                     iterator._add(output.patch, output.desired)
-                if self._on_desired:
+                if self._on_desired or self._keeper is not None:
                     self._put(output)
             elif kind is twin.Retrieved:
                 retrieve = self._retrieves.pop(output.ticket, None)
@@ -669,6 +705,9 @@ class TwinClient:
             report._end(output.version, output.error)
         if output.error is not None and (report is None or not report._watched) and not self._closed:
             self._put(twin.Failed(output.error))
+        if self._keeper is not None and not self._closed:
+            # What was refused, or went alone, is not to come again.
+            self._keeper.keep()
 
     def _state_changed(self, output: Any) -> None:
         final = output.new in (twin.OFFLINE, twin.SYNCHRONISED)
@@ -761,7 +800,8 @@ class TwinClient:
             link = self._link = _Link(self, connected)
             password = None
             if self._certificate is None:
-                password = self._credentials.password(int(time.time() + self._token_lifetime))
+                # Whole seconds, and never fewer than the lifetime after which the core renews it.
+                password = self._credentials.password(math.ceil(time.time() + self._token_lifetime))
             link.connect(self._credentials.client_id, self._user_name, password)
             self._arm()
         except LocalError as failure:
@@ -828,6 +868,8 @@ class TwinClient:
                 if kind is twin.DesiredChanged:
                     for on_desired in self._on_desired:
                         await self._call(on_desired, _copied(event.patch), _copied(event.desired))
+                    if self._keeper is not None:
+                        self._keeper.given = event.desired
                 elif kind is twin.StateChanged:
                     for on_state in self._on_state:
                         await self._call(on_state, event.old, event.new)
@@ -835,11 +877,18 @@ class TwinClient:
                     await self._tell_error(event.error)
                 elif kind is settings.Apply:
                     await self._apply(event.name, event.value)
+                if self._keeper is not None:
+                    self._keeper.keep()
                 if self._events:
                     # Plain functions give nothing else a turn.
                     await asyncio.sleep(0)
+            if self._keeper is not None and self._closed:
+                # A handler may have closed the client: its call was kept once it had returned.
+                await self._keeper.close()
         finally:
             self._dispatcher = None
+            if self._keeper is not None and self._closed:
+                self._keeper.close_soon()
 
     async def _apply(self, name: str, value: Any) -> None:
         # Of one that is cut short nobody knows what it did. It is called again after the next connect.
@@ -890,6 +939,165 @@ class TwinClient:
                 _log.exception("%s: an error handler raised", self._credentials.client_id)
             except Exception:  # noqa: BLE001  # nobody is left to tell but the log
                 _log.exception("%s: an error handler raised", self._credentials.client_id)
+
+
+class _Keeper:
+    """What one client keeps in its store, and how much of it is in the file already."""
+
+    __slots__ = (
+        "_client",
+        "_closed",
+        "_closing",
+        "_done",
+        "_failed",
+        "_left",
+        "_next",
+        "_queued",
+        "_store",
+        "_waiters",
+        "given",
+    )
+
+    def __init__(self, client: TwinClient, path: str | os.PathLike[str]) -> None:
+        from .store import Store
+
+        self._client = client
+        self._store = Store(path, client._credentials.host, client._credentials.client_id)
+        if self._store.error is not None:
+            client._events.append(twin.Failed(self._store.error))
+        # What the handlers were last given whole.
+        self.given: Document = self._store.found.desired
+        # What goes to the store in place of the core's queue, once that was given up at close.
+        self._left: list[Any] | None = None
+        # The newest change's number, and what is true with it; which is in the file, or cannot be written.
+        self._next: tuple[int, Kept] = (0, self._store.found)
+        self._done = 0
+        self._queued = self._failed = self._closing = self._closed = False
+        self._waiters: _Waiters = []
+
+    @property
+    def found(self) -> "Kept":
+        return self._store.found
+
+    def keep(self) -> None:
+        """Have the store hold what is true now, soon; without a loop that could be held up, at once."""
+        from .store import Kept
+
+        core = self._client._twin
+        reports = core.unanswered if self._left is None else self._left
+        self._next = (self._next[0] + 1, Kept(self.given, core.reported, reports))
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            self._written(*self._write())
+            return
+        if not self._queued:
+            self._queued = True
+            _writer.put(lambda: self._write_for(loop))
+
+    async def kept(self) -> None:
+        """Wait until everything up to now is in the file, or cannot be written. A card that hangs is waited
+        for as long as any call at most; the error handlers are told."""
+        number = self._next[0]
+        deadline = time.monotonic() + self._client._timeout
+        while self._done < number:
+            if not await _woken(self._waiters, deadline - time.monotonic()):
+                self._written(self._done, StoreError(f"store {self._store.path}: a write does not end"))
+                return
+
+    def leave(self) -> None:
+        """The core's queue is given up: what is in it now goes to the next run."""
+        if self._left is None:
+            self._left = self._client._twin.unanswered
+
+    def close_soon(self) -> None:
+        """Write what is left, and give the file back."""
+        if not self._closing:
+            self._closing = True
+            self.keep()
+            loop = asyncio.get_running_loop()
+            # Behind that write.
+            _writer.put(lambda: self._close_for(loop))
+
+    async def close(self) -> None:
+        """close_soon(), and wait for it; for as long as any call at most."""
+        self.close_soon()
+        deadline = time.monotonic() + self._client._timeout
+        while not self._closed:
+            if not await _woken(self._waiters, deadline - time.monotonic()):
+                _log.warning("store %s: a write does not end, so the file is not free yet", self._store.path)
+                return
+
+    # In the thread that writes.
+
+    def _write_for(self, loop: asyncio.AbstractEventLoop) -> None:
+        # A change after this is queued anew; one before it is in what is written now.
+        self._queued = False
+        result = self._write()
+        # A loop that is closed by now waits for nothing.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(self._written, *result)
+
+    def _close_for(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._store.close()
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(self._free)
+
+    def _write(self) -> tuple[int, StoreError | None]:
+        number, kept = self._next
+        try:
+            self._store.keep(lambda: kept)
+        except StoreError as error:
+            return number, error
+        return number, None
+
+    # In the loop again.
+
+    def _written(self, number: int, error: StoreError | None) -> None:
+        self._done = max(self._done, number)
+        if error is not None and self._client._closed:
+            # The error handlers have gone.
+            _log.error("%s: %s", self._client._credentials.client_id, error)
+        elif error is not None and not self._failed:
+            self._client._put(twin.Failed(error))
+        self._failed = error is not None
+        _wake(self._waiters)
+
+    def _free(self) -> None:
+        self._closed = True
+        _wake(self._waiters)
+
+
+class _Writer:
+    """A thread for the stores of all clients, which mostly share a card; only there while it has work."""
+
+    def __init__(self) -> None:
+        self._work: deque[Callable[[], None]] = deque()
+        self._lock = threading.Lock()
+        self._running = False
+
+    def put(self, work: Callable[[], None]) -> None:
+        with self._lock:
+            self._work.append(work)
+            if self._running:
+                return
+            self._running = True
+        threading.Thread(target=self._run, name="twin-store", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                if not self._work:
+                    self._running = False
+                    return
+                work = self._work.popleft()
+            try:
+                work()
+            except Exception:  # noqa: BLE001  # a bug in one client's store must not end the others'
+                _log.exception("unexpected error while writing a store")
+
+
+_writer = _Writer()
 
 
 class _Link:

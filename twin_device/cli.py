@@ -249,6 +249,12 @@ def _add_gateway_commands(commands: Any) -> None:
         help="keep the table there as JSON, for twin-device gateway health (default: status.json in the "
         "folder that systemd's RuntimeDirectory= made, if any)",
     )
+    run.add_argument(
+        "--store",
+        metavar="DIR",
+        help="keep what was desired, and what is to be reported, there over a restart, in a file a device "
+        "(default: the folder that systemd's StateDirectory= made, if any)",
+    )
     run.add_argument("--plain", action="store_true", help="lines in place of the table, on a terminal, too")
     run.set_defaults(run=_gateway_run)
     health = gateway_commands.add_parser(

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import logging
 import marshal
+import math
 import os
 import random
 import selectors
@@ -1127,7 +1128,8 @@ class _Network(threading.Thread):
         except ConnectRefused as error:
             self._lose(error)
             return
-        expiry = int(time.time() + client._token_lifetime)
+        # Whole seconds, and never fewer than the lifetime after which the core renews it.
+        expiry = math.ceil(time.time() + client._token_lifetime)
         password = client._credentials.password(expiry) if client._certificate is None else None
         self._mqtt.username_pw_set(client._user_name, password)
         _log.debug("%s: connecting to %s", client._credentials.client_id, where)

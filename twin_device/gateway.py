@@ -12,7 +12,9 @@ it may dial.
 """
 
 import asyncio
+import hashlib
 import logging
+import os
 import random
 import ssl
 import time
@@ -20,9 +22,11 @@ from collections.abc import Callable
 from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
+from urllib.parse import quote
 
 from . import tls as tls_files
 from .aio import TwinClient, _Signals, _signals, _Waiters, _wake, _woken
+from .core.credentials import from_connection_string
 from .core.errors import ConnectRefused, LocalError, NotConnected, TwinError
 
 __all__ = ["DeviceStatus", "GatewaySummary", "TwinGateway"]
@@ -86,6 +90,9 @@ class TwinGateway:
     connects, and for those after an outage; a client that replaces its token does not wait. options: as of
     aio.TwinClient, for all devices (ca_file, tls, keep_alive, timeout, product_info, token_lifetime).
 
+    store: a folder with a file for each device, in which it goes on where an earlier run stopped, as
+    aio.TwinClient's store. remove() leaves the file there.
+
     A device that is refused is tried again slowly, and disturbs none of the others; so does one whose
     connection hangs or whose handler takes its time. Handlers of one device run one at a time and in order,
     those of different devices side by side. Like TwinClient's they may be coroutine functions, and must not
@@ -95,11 +102,18 @@ class TwinGateway:
     be added, and handlers declared, before there is a loop.
     """
 
-    def __init__(self, *, connects_per_second: float = 20, **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        connects_per_second: float = 20,
+        store: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> None:
         if not connects_per_second > 0:
             raise LocalError(f"connects_per_second is a positive number, not {connects_per_second}")
         self._interval = 1 / connects_per_second
         self._next_turn = 0.0
+        self._store = store
         self._options = options
         # Bad options are to be told here, and not by the first device.
         TwinClient("localhost", "none", key=b"none", **options)
@@ -131,16 +145,18 @@ class TwinGateway:
         gateway has no method for (setting, retrieve, changes). The client must not be closed: remove() does.
 
         options: as of aio.TwinClient, where this device differs. Raises LocalError, which never has the
-        key's value: the connection string or an option is malformed, the gateway has this device already,
-        or is closed.
+        key's value: the connection string or an option is malformed, the store cannot be, the gateway has
+        this device already, or is closed.
         """
         if self._closed:
             raise NotConnected("this gateway is closed; make a new one")
-        options = {**self._options, **options, "pace": self._turn}
-        client = TwinClient.from_connection_string(connection_string, **options)
-        device_id = client._credentials.client_id
+        device_id = from_connection_string(connection_string).client_id
         if device_id in self._members:
             raise LocalError(f"the gateway has {device_id} already")
+        options = {**self._options, **options, "pace": self._turn}
+        if self._store is not None:
+            options.setdefault("store", os.path.join(self._store, _file_name(device_id)))
+        client = TwinClient.from_connection_string(connection_string, **options)
         member = _Member(device_id, client)
         client.on_state(partial(self._state_changed, member))
         client.on_desired(partial(self._desired_changed, member))
@@ -291,10 +307,9 @@ class TwinGateway:
         closing = [asyncio.ensure_future(member.client.close()) for member in self._members.values()]
         if closing:
             try:
-                # Each has begun after this, and then ends its client even if it is cancelled.
-                await asyncio.sleep(0)
                 await asyncio.wait(closing)
             except BaseException:
+                # Each has begun by now, and ends its client even if it is cancelled.
                 for task in closing:
                     task.cancel()
                 await asyncio.wait(closing)
@@ -362,3 +377,11 @@ class TwinGateway:
         self._unsettled.discard(member)
         if not self._unsettled:
             _wake(self._changed)
+
+
+def _file_name(device_id: str) -> str:
+    # Ids may have signs that file names may not, and be longer.
+    name = quote(device_id, safe="")
+    if len(name) > 200:
+        name = hashlib.sha256(device_id.encode()).hexdigest()
+    return f"{name}.json"

@@ -511,6 +511,7 @@ def run(options: Any) -> int:
         ca_file=options.ca_file,
         tls=not options.plaintext,
         timeout=options.timeout,
+        store=options.store or _folder_of_systemd(os.environ, "STATE_DIRECTORY"),
     )
     setup = None if options.app is None else _load_app(options.app)
     return asyncio.run(_Service(gateway, options.fleet, fleet, options).run(setup))
@@ -519,10 +520,14 @@ def run(options: Any) -> int:
 # ---------------------------------------------------------------------- health
 
 
+def _folder_of_systemd(environment: Any, name: str) -> str | None:
+    """The first folder that it made for the service, if any."""
+    return environment.get(name, "").split(":")[0] or None
+
+
 def _default_status_file(environment: Any) -> str | None:
-    """Where systemd's RuntimeDirectory= is, if there is one."""
-    folder = environment.get("RUNTIME_DIRECTORY", "").split(":")[0]
-    return os.path.join(folder, "status.json") if folder else None
+    folder = _folder_of_systemd(environment, "RUNTIME_DIRECTORY")
+    return folder and os.path.join(folder, "status.json")
 
 
 def health(options: Any) -> int:

@@ -10,10 +10,10 @@ right time, so it is told a CA and refuses to dial while its clock is unset. Wi-
 
 import asyncio
 import gc
+import os
 import random
 import time
 
-from .core.credentials import Credentials, check_clock, connection_string_fields, decode_key
 from .core.errors import (
     ConnectRefused,
     LocalError,
@@ -60,7 +60,9 @@ _FLUSH = const(5000)  # milliseconds that close() waits for reports on their way
 _MAX_EVENTS = const(16)  # of each kind, for handlers that do not keep up
 _MAX_BACKLOG = const(65536)  # bytes that a connection does not take
 _JOINED = const(512)  # bytes: a payload up to this is sent in one write with its head
+_PIECE = const(128)  # bytes of a payload that are read at once
 _LOADING = const(8192)  # gc.threshold while a twin is read: its parts lie close together then
+_MAX_CA = const(16384)  # bytes
 _VERSION = "0.1.0"
 _WHATEVER = DesiredChanged(None, None)  # up to the newest desired properties
 
@@ -133,6 +135,8 @@ class TwinClient:
         keep_reported: "bool | None" = None,
         is_online: object = None,
     ) -> None:
+        from .core.credentials import Credentials, decode_key
+
         if not 1 <= keep_alive <= _MAX_KEEP_ALIVE:
             raise LocalError("keep_alive is from 1 to 1177 seconds")
         if timeout <= 0 or token_lifetime <= 0:
@@ -141,16 +145,21 @@ class TwinClient:
             raise LocalError("ca_file is missing: a board has no trust store of its own")
         if isinstance(key, str):
             key = decode_key(key)
-        self._credentials = Credentials(host, device_id, module_id, key, gateway, policy=policy)
+        # Not the credentials themselves: their module need not be in memory but to begin a connection.
+        self._identity = (host, device_id, module_id, key, gateway, None, policy)
+        credentials = Credentials(*self._identity)
+        self._dialled = credentials.dialled
+        self._client_id = credentials.client_id
+        self._whose = credentials.host + "/" + credentials.client_id
         if port == 8883:
-            port = self._credentials.port or (8883 if tls else 1883)
+            port = credentials.port or (8883 if tls else 1883)
         self._port = port
         self._ca_files = (ca_file,) if isinstance(ca_file, str) else ca_file
         self._context = None
         self._tls = tls
         self._keep_alive = keep_alive
         self._timeout = timeout
-        self._user_name = self._credentials.user_name(
+        self._user_name = credentials.user_name(
             product_info or "twin-device-micropython/" + _VERSION, model_id
         )
         self._token_lifetime = int(token_lifetime)
@@ -180,6 +189,8 @@ class TwinClient:
     @classmethod
     def from_connection_string(cls, text: str, **options: object) -> "TwinClient":
         """The client of a device's or module's connection string. LocalError names the malformed part."""
+        from .core.credentials import connection_string_fields
+
         options.update(connection_string_fields(text))
         return cls(**options)
 
@@ -292,9 +303,7 @@ class TwinClient:
                 left = end - self._clock()
                 if left <= 0:
                     why = core.statistics["last_error"] or "it is still " + core.state
-                    raise ConnectRefused(
-                        "not synchronised with " + self._credentials.dialled + " in time: " + why
-                    )
+                    raise ConnectRefused("not synchronised with " + self._dialled + " in time: " + why)
                 self._progress.clear()
                 await _within(self._progress, left / 1000)
         except BaseException:
@@ -404,7 +413,7 @@ class TwinClient:
 
                 self._store = FileStore(self._store)
             if self._store is not None:
-                found, error = self._store.load(self._credentials.host + "/" + self._credentials.client_id)
+                found, error = self._store.load(self._whose)
                 if error is not None:
                     self._tell(Failed(error))
             self._twin = Twin(
@@ -633,7 +642,7 @@ class _Link:
             client._lost(self, failed)
 
     def _failure(self, error: Exception) -> TwinError:
-        host = self._client._credentials.dialled
+        host = self._client._dialled
         if isinstance(error, ValueError):
             # What MicroPython's TLS raises for a certificate.
             return ConnectRefused(
@@ -645,22 +654,15 @@ class _Link:
 
     async def _read(self) -> None:
         client = self._client
-        now = int(time.time())
-        if time.gmtime(0)[0] == 2000:
-            now += 946684800
-        check_clock(now, str(time.gmtime()[0]))
+        hello = self._hello()
         # TLS wants its memory in large pieces.
         gc.collect()
-        credentials = client._credentials
         options = {}
         if client._tls:
-            options = {"ssl": client._context, "server_hostname": credentials.dialled}
-        self._stream = stream = (await asyncio.open_connection(credentials.dialled, client._port, **options))[
-            0
-        ]
-        password = credentials.password(now + client._token_lifetime)
-        self._send(connect(credentials.client_id, client._user_name, password, client._keep_alive))
-        password = None
+            options = {"ssl": client._context, "server_hostname": client._dialled}
+        self._stream = stream = (await asyncio.open_connection(client._dialled, client._port, **options))[0]
+        self._send(hello)
+        hello = None
         receiver = Receiver(self)
         while not self._ended:
             count = await stream.readinto(receiver.buffer)
@@ -669,6 +671,18 @@ class _Link:
             if count is not None:
                 self._heard = client._clock()
                 receiver.received(count)
+
+    def _hello(self) -> bytes:
+        """The CONNECT packet; ConnectRefused if the clock cannot be right."""
+        from .core.credentials import Credentials, check_clock
+
+        client = self._client
+        now = int(time.time())
+        if time.gmtime(0)[0] == 2000:
+            now += 946684800
+        check_clock(now, str(time.gmtime()[0]))
+        password = Credentials(*client._identity).password(now + client._token_lifetime)
+        return connect(client._client_id, client._user_name, password, client._keep_alive)
 
     def end(self) -> None:
         """Let go of the connection; the client is not told."""
@@ -793,7 +807,9 @@ class _Link:
     def chunk(self, data: memoryview) -> None:
         if self._reader is not None:
             try:
-                self._reader.feed(data)
+                # In a heap that is nearly full there are but small gaps.
+                for at in range(0, len(data), _PIECE):
+                    self._reader.feed(data[at : at + _PIECE])
             except ValueError:
                 # The core says what is to be done about it.
                 self._reader = None
@@ -842,7 +858,7 @@ def _tls_context(ca_files: "tuple[str, ...]") -> object:
     for path in ca_files:
         try:
             with open(path, "rb") as file:
-                data = file.read(16384)
+                data = file.read(min(os.stat(path)[6], _MAX_CA))
             context.load_verify_locations(cadata=data)
         except OSError:
             raise LocalError("ca_file " + path + " cannot be read")

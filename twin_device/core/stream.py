@@ -16,7 +16,7 @@ _MAX_STRING = const(24576)  # bytes; the hub's 4096, each of them written as \u0
 _MAX_TOKEN = const(24640)  # with the space that may stand before a key's colon
 _MAX_NUMBER = const(400)  # bytes; without an exponent the largest double has 309
 _MAX_NESTING = const(20)  # as patch.loads has it
-_MAX_SHARED = const(64)  # keys and short strings of which there is but one
+_MAX_SHARED = const(24)  # keys and short strings of which there is but one
 _SHORT = const(24)  # bytes of those strings
 
 # What comes next. Up to _FIRST_VALUE a value can; from _FIRST_VALUE to _FIRST_KEY the end of the array or
@@ -131,7 +131,8 @@ class Reader:
                 if text and min(text) < 32:
                     raise ValueError("control character")
                 value = text.decode() if find(b"\\", at, stop) < 0 else loads(data[at : stop + 1])
-                if stop - at <= _SHORT:
+                # Not the properties' own names: they come but once.
+                if stop - at <= _SHORT and len(stack) > self._sections:
                     # The same few keys and words come again and again.
                     if len(shared) == _MAX_SHARED:
                         shared.clear()
