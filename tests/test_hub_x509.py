@@ -468,6 +468,9 @@ def test_a_handshake_may_come_in_pieces(hub: LocalHub, certificates: Certificate
         assert done("read", 100) == b"\x20\2\0\0"
 
 
+GOODBYE = b"\x15\3\3\0\2\1\0"
+
+
 class Spoiled(NamedTuple):
     """What goes wrong in a handshake: in this flight of the client's one byte is another; it is cut off."""
 
@@ -493,7 +496,7 @@ def shake_hands(hub: LocalHub, made: Any, spoiled: Spoiled) -> None:
             sent = bytearray(outgoing.read())
             if flight == spoiled.flight and sent:
                 sent[spoiled.at % len(sent)] = spoiled.byte
-                raw.sendall(sent[: spoiled.cut])
+                raw.sendall(sent[: spoiled.cut] or GOODBYE)
                 # Else the hub could wait for more, and so would we.
                 raw.shutdown(socket.SHUT_WR)
             else:
@@ -516,6 +519,7 @@ def shake_hands(hub: LocalHub, made: Any, spoiled: Spoiled) -> None:
     )
 )
 @example(spoiled=Spoiled(ssl.TLSVersion.TLSv1_2, 1, 60, 0xFF, 1 << 20))  # amid the certificate
+@example(spoiled=Spoiled(ssl.TLSVersion.TLSv1_2, 1, 0, 0, 0))  # a goodbye in its place
 def test_no_handshake_takes_the_hub_down(
     hub: LocalHub, certificates: Certificates, spoiled: Spoiled, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -528,6 +532,7 @@ def test_no_handshake_takes_the_hub_down(
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(noise=st.binary(min_size=1, max_size=400))
+@example(noise=GOODBYE)
 @example(noise=b"\x16\3\1\xff\xff\1\xff\xff\xff" + bytes(70_000))
 def test_nor_does_what_is_none(
     hub: LocalHub, certificates: Certificates, noise: bytes, caplog: pytest.LogCaptureFixture

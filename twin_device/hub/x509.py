@@ -74,7 +74,7 @@ class _Tls:
     def read(self, size: int, buffer: memoryview) -> int:
         try:
             count: int = self._do(self._tls.recv_into, buffer, size)
-        except SSL.ZeroReturnError:
+        except ssl.SSLZeroReturnError:
             return 0
         return count
 
@@ -101,10 +101,11 @@ class _Tls:
         except SSL.WantReadError:
             raise ssl.SSLWantReadError from None
         except SSL.ZeroReturnError:
-            raise
+            raise ssl.SSLZeroReturnError(ssl.SSL_ERROR_ZERO_RETURN, "the client has said goodbye") from None
         except SSL.Error as error:
             reasons = error.args[0] if error.args and isinstance(error.args[0], list) else []
-            raise ssl.SSLError(", ".join(str(one[-1]) for one in reasons) or "an end amid TLS") from None
+            words = ", ".join(str(one[-1]) for one in reasons)
+            raise ssl.SSLError(ssl.SSL_ERROR_SSL, words or "an end amid TLS") from None
         finally:
             self._drain()
 
