@@ -1,7 +1,8 @@
 """Microsoft's device SDK against the local hub: run with its own interpreter, not with pytest.
 
 Arguments: the connection strings of two devices and of two modules, the CA's path; or of one device, which
-comes over WebSockets. Each line on standard output tells what the SDK saw.
+comes over WebSockets. In the place of a connection string, as JSON: {"certificate": [FILE, KEY FILE], and the
+arguments of create_from_x509_certificate}. Each line on standard output tells what the SDK saw.
 """
 
 import asyncio
@@ -10,7 +11,7 @@ import queue
 import sys
 from importlib.metadata import version
 
-from azure.iot.device import IoTHubDeviceClient, IoTHubModuleClient, MethodResponse, aio
+from azure.iot.device import X509, IoTHubDeviceClient, IoTHubModuleClient, MethodResponse, aio
 
 SOON = 20  # seconds
 
@@ -92,6 +93,14 @@ async def play_async(client, name):
     tell(f"{name} over")
 
 
+def made(kind, text, ca):
+    if not text.startswith("{"):
+        return kind.create_from_connection_string(text, server_verification_cert=ca)
+    options = json.loads(text)
+    certificate = X509(*options.pop("certificate"))
+    return kind.create_from_x509_certificate(x509=certificate, server_verification_cert=ca, **options)
+
+
 def main():
     *texts, ca_file = sys.argv[1:]
     with open(ca_file) as file:
@@ -103,8 +112,7 @@ def main():
         return
     kinds = (IoTHubDeviceClient, IoTHubModuleClient, aio.IoTHubDeviceClient, aio.IoTHubModuleClient)
     device, module, aio_device, aio_module = (
-        kind.create_from_connection_string(text, server_verification_cert=ca)
-        for kind, text in zip(kinds, texts, strict=True)
+        made(kind, text, ca) for kind, text in zip(kinds, texts, strict=True)
     )
     play(device, "device")
     play(module, "module")

@@ -1,6 +1,8 @@
 """Microsoft's own Python SDKs, unchanged, against the local hub."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,8 +35,22 @@ def test_the_device_sdk_sync_and_asyncio_device_and_module(tmp_path: Path, versi
         python(tmp_path / "venv", f"azure-iot-device=={version}") as interpreter,
         hub_on(mqtts_port=8883) as hub,
     ):
-        devices = {name: hub.create_device(id, desired={"interval": 30}) for name, id in names.items()}
-        texts = [device.connection_string for device in devices.values()]
+        # Those of asyncio come with certificates: one signed itself, the other has two CAs above it.
+        own = hub.make_certificate("sensor-2", tmp_path, self_signed=True)
+        signed = hub.make_certificate("sensor-2/m", tmp_path, intermediate=True)
+        proofs: dict[str, dict[str, Any]] = {
+            "aio device": {"certificate": own.certificate_file},
+            "aio module": {"authority": True},
+        }
+        devices = {
+            name: hub.create_device(id, desired={"interval": 30}, **proofs.get(name, {}))
+            for name, id in names.items()
+        }
+        texts = [devices[name].connection_string for name in ("device", "module")]
+        host = {"hostname": "localhost", "device_id": "sensor-2"}
+        texts.append(json.dumps({"certificate": [own.certificate_file, own.key_file], **host}))
+        files = [signed.certificate_file, signed.key_file]
+        texts.append(json.dumps({"certificate": files, **host, "module_id": "m"}))
         with program(interpreter, str(HERE / "azure_device.py"), *texts, hub.ca_file) as said:
             seen = device_story(said, devices)
     assert seen == {"versions": [version, paho]} | the_story_of(names, refused="ClientError")
