@@ -68,7 +68,7 @@ _AHEAD = 16384  # bytes that are read at once: one record of TLS
 _MAX_PACKET = 1 << 20
 # Milliseconds in which reports are gathered that nobody waits for and that follow another: the hub may answer
 # that one while the app is still in its burst, and each patch counts against the hub's quota.
-_GATHER = 20
+_GATHER = 50
 
 # paho gives the CONNACK return codes of MQTT 3.1.1 as the reason codes of MQTT 5.
 _RETURN_CODES = {0: 0, 132: 1, 133: 2, 136: 3, 134: 4, 135: 5}
@@ -656,7 +656,7 @@ class TwinClient:
         wait=True: waits up to timeout seconds (None: the client's own) and returns the reported `$version`
         after it (int); raises as Report.wait. wait=False: returns a Report at once, also while offline.
         Whatever the app reports while an answer is on its way, or while offline, leaves as one patch. A burst
-        of reports that it does not wait for leaves as two: its first, and within 20 ms all the others. What
+        of reports that it does not wait for leaves as two: its first, and within 50 ms all the others. What
         the hub holds already is not sent, unless always=True. version: the reported version that the hub
         must be at, else ReportRejected with status 412.
 

@@ -188,8 +188,14 @@ class Rest:
         headers = {"Authorization": self._token, "Content-Type": "application/json"}
         payload = None if body is None else json.dumps(body).encode()
         path += "?api-version=2021-04-12" if version else ""
-        self._connection.request(method, path, payload, headers)
-        response = self._connection.getresponse()
+        try:
+            self._connection.request(method, path, payload, headers)
+            response = self._connection.getresponse()
+        except ConnectionError:
+            # The hub has ended it meanwhile, for nothing was asked for a while. The next request dials anew.
+            self._connection.close()
+            self._connection.request(method, path, payload, headers)
+            response = self._connection.getresponse()
         text = response.read()
         if response.status not in (200, 204):
             raise Failed(f"{method} {path} was answered with {response.status} {text[:200]!r}")
