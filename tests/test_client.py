@@ -1157,7 +1157,7 @@ def test_7_a_report_costs_one_write_and_its_answer_none(
     with app.client as client:
         app.next_patch()
         wait_until(lambda: store_in(tmp_path).exists(), "the first document to be kept")
-        wait_until(lambda: client._events.empty(), "the dispatcher to be done")
+        wait_until(lambda: not client._events, "the dispatcher to be done")
         client.retrieve()
         before = replaced.call_count
         for n in range(5):

@@ -46,6 +46,8 @@ from .core.errors import (
     StoreError,
     TwinError,
 )
+from .core.patch import dumps
+from .events import Pending
 
 if TYPE_CHECKING:
     from .store import Kept
@@ -70,9 +72,13 @@ _BLOCKING = 0.05
 
 # What one connection may have read before it is another's turn: one record of TLS.
 _SLICE = 16384
-# A twin is far smaller (32 KB a section, times six where every character is escaped). More than this is no
-# hub, and must not take a gateway's memory.
-_MAX_PACKET = 1 << 20
+# The hub's largest message has 256 KiB, and a topic of less than 1 KiB. More is no hub's, and must not take
+# this machine's memory.
+_MAX_PACKET = (256 + 1) << 10
+_MAX_ANSWER = 64  # bytes of a packet that is no message
+# So many packets within so many milliseconds that neither bring nor answer anything are no hub's.
+_MAX_IDLE = 10_000
+_IDLE_TIME = 10_000
 
 # MQTT 3.1.1, 2.2.1: control packet types, with the flags that they must have.
 _CONNECT = 0x10
@@ -163,23 +169,25 @@ class Changes:
 
     def __init__(self, client: "TwinClient") -> None:
         self._client = client
-        self._changes: deque[Any] = deque()
+        self._changes = Pending({})
         self._waiters: _Waiters = []
 
     def __aiter__(self) -> "Changes":
         return self
 
     async def __anext__(self) -> Change:
-        while not self._changes:
-            if self._client._closed:
-                raise StopAsyncIteration
-            await _woken(self._waiters, None)
-        # Taken only now: whoever is cancelled while waiting loses nothing.
-        patch, desired = self._changes.popleft()
-        return Change(_copied(patch), _copied(desired))
+        while True:
+            while not self._changes:
+                if self._client._closed:
+                    raise StopAsyncIteration
+                await _woken(self._waiters, None)
+            # Taken only now: whoever is cancelled while waiting loses nothing.
+            patch, desired = self._changes.take()
+            if patch:
+                return Change(_copied(patch), _copied(desired))
 
     def _add(self, patch: Document, desired: Document) -> None:
-        self._changes.append((patch, desired))
+        self._changes.put(twin.DesiredChanged(patch, desired))
         _wake(self._waiters)
 
 
@@ -303,6 +311,10 @@ class TwinClient:
         # With a pace: when the attempt that is due may be made. Nothing else is due meanwhile.
         self._pace = pace
         self._turn_at: int | None = None
+<<<<<<< HEAD
+=======
+        self._events = Pending({})
+>>>>>>> cebc035 (client, aio: Bounds for what a hostile hub may send, and for what waits for a slow handler.)
         self._dispatcher: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
@@ -820,11 +832,13 @@ class TwinClient:
         _log.exception("%s: unexpected error in the connection", self._credentials.client_id)
         return RemoteError(f"unexpected {type(error).__name__} while reading from the hub")
 
-    def _lose(self, error: TwinError) -> None:
+    def _lose(self, error: TwinError, tell: bool = False) -> None:
         if self._link is not None:
             self._link.close()
             self._link = None
         _log.info("%s: %s", self._credentials.client_id, error)
+        if tell:
+            self._put(twin.Failed(error))
         self._perform(self._twin.disconnected(_now(), random.random(), error))
 
     # What the link calls, never from within _perform.
@@ -844,15 +858,18 @@ class TwinClient:
     def _granted(self, codes: tuple[int, ...]) -> None:
         self._perform(self._twin.subscribed(codes, _now(), random.random()))
 
-    def _received(self, topic: str, payload: bytes) -> None:
+    def _received(self, topic: str, payload: bytes) -> bool:
+        """True if the message brought or answered something."""
         if _log.isEnabledFor(logging.DEBUG):
             _log.debug("%s <- %s %r", self._credentials.client_id, topic, payload[:_LOGGED])
-        self._perform(self._twin.message_received(topic, payload, _now(), random.random()))
+        outputs = self._twin.message_received(topic, payload, _now(), random.random())
+        self._perform(outputs)
+        return any(type(output) is not twin.Failed for output in outputs)
 
     # ------------------------------------------------------------------ the dispatcher task
 
     def _put(self, event: Any) -> None:
-        self._events.append(event)
+        self._events.put(event)
         self._wake_dispatcher()
 
     def _wake_dispatcher(self) -> None:
@@ -863,10 +880,10 @@ class TwinClient:
         """Call the handlers for every event that there is."""
         try:
             while self._events:
-                event = self._events.popleft()
+                event = self._events.take()
                 kind = type(event)
                 if kind is twin.DesiredChanged:
-                    for on_desired in self._on_desired:
+                    for on_desired in self._on_desired if event.patch else ():
                         await self._call(on_desired, _copied(event.patch), _copied(event.desired))
                     if self._keeper is not None:
                         self._keeper.given = event.desired
@@ -1106,6 +1123,9 @@ class _Link:
     __slots__ = (
         "_acknowledged",
         "_client",
+        "_heard",
+        "_idle",
+        "_idle_since",
         "_in",
         "_keep_alive",
         "_loop",
@@ -1129,6 +1149,9 @@ class _Link:
         self._watches_writes = False
         self._acknowledged = False
         self._pinged = False
+        # Packets that neither brought nor answered anything, and since when they are counted; what messages
+        # have brought since desired was measured.
+        self._idle = self._idle_since = self._heard = 0
         # When to look after the connection.
         self.due = _now() + self._keep_alive
         self._loop.add_reader(connected, self._readable)
@@ -1204,6 +1227,9 @@ class _Link:
                 return
             packet = packet[sent:]
         self._out += packet
+        if len(self._out) > _MAX_PACKET:
+            # A report, a retrieve and a ping are far less: these are answers to what it sends.
+            self._loop.call_soon(self._broken, "messages without reading their answers")
         self._watch_writes()
 
     def _watch_writes(self) -> None:
@@ -1246,7 +1272,6 @@ class _Link:
         if not data:
             self._lost("the hub has closed it")
             return
-        self._pinged = False
         try:
             self._take(data)
         except Exception as error:  # noqa: BLE001  # a bug costs a reconnect, never the client
@@ -1286,13 +1311,17 @@ class _Link:
             else:
                 self._wanted = 0
                 break
+            head = data[start]
+            if head & 0xF0 != _PUBLISH and length > _MAX_ANSWER:
+                self._broken(f"a packet of type {head >> 4} with {length} bytes")
+                return
             if length > _MAX_PACKET:
                 self._broken(f"a packet of {length} bytes")
                 return
             if end - at < length:
                 self._wanted = at - start + length
                 break
-            head, start = data[start], at + length
+            start = at + length
             self._packet(head, data[at:start])
         if self._socket is not None and start < end:
             self._in += data[start:]
@@ -1300,6 +1329,15 @@ class _Link:
     def _packet(self, head: int, body: bytes) -> None:
         kind = head & 0xF0
         client = self._client
+        # A whole packet is a sign of life; bytes that never make one are not.
+        self._pinged = False
+        self._idle += 1
+        if self._idle > _MAX_IDLE:
+            now = _now()
+            if now - self._idle_since < _IDLE_TIME:
+                self._broken(f"{_MAX_IDLE} packets in a row that mean nothing")
+                return
+            self._idle, self._idle_since = 0, now
         if kind == _CONNACK and not self._acknowledged and len(body) == 2:
             self._acknowledged = True
             client._acknowledged(body[1])
@@ -1328,14 +1366,22 @@ class _Link:
             name = topic.decode()
         except UnicodeDecodeError:
             return
-        self._client._received(name, body[at:])
+        if self._client._received(name, body[at:]):
+            self._idle -= 1
+        # Patches that are small enough may still add up to a document that is not.
+        self._heard += len(body)
+        if self._heard > _MAX_PACKET:
+            self._heard = len(dumps(self._client._twin.desired))
+            if self._heard > _MAX_PACKET:
+                self._broken(f"desired properties of {self._heard} bytes")
 
     def _broken(self, what: str) -> None:
-        self._lost(f"the hub sent {what}")
+        """The hub sent what no hub sends: the app is told."""
+        self._lost(f"the hub sent {what}", True)
 
-    def _lost(self, why: str) -> None:
+    def _lost(self, why: str, tell: bool = False) -> None:
         if self._socket is not None:
-            self._client._lose(RemoteError(f"the connection was lost: {why}"))
+            self._client._lose(RemoteError(f"the connection was lost: {why}"), tell)
 
 
 # ---------------------------------------------------------------------- dialling

@@ -45,6 +45,8 @@ from .core.errors import (
     StoreError,
     TwinError,
 )
+from .core.patch import dumps
+from .events import Pending
 
 if TYPE_CHECKING:
     from .store import Kept, Store
@@ -63,9 +65,15 @@ _LONG = 3_600_000  # milliseconds that a thread with nothing to do sleeps; what 
 _FLUSH = 5.0
 _LOGGED = 1000  # bytes of a payload that a DEBUG line shows
 _AHEAD = 16384  # bytes that are read at once: one record of TLS
-# A twin is far smaller (32 KB a section, times six where every character is escaped). More than this is no
-# hub, and must not take a device's memory.
-_MAX_PACKET = 1 << 20
+# The hub's largest message has 256 KiB, and a topic of less than 1 KiB. More is no hub's, and must not take
+# this machine's memory.
+_MAX_PACKET = (256 + 1) << 10
+_MAX_ANSWER = 64  # bytes of a packet that is no message
+# So many packets within so many milliseconds that neither bring nor answer anything are no hub's.
+_MAX_IDLE = 10_000
+_IDLE_TIME = 10_000
+# Packets that wait to be written: a report, a retrieve and a ping. More are answers to a hub that reads none.
+_MAX_UNWRITTEN = 1000
 # Milliseconds in which reports are gathered that nobody waits for and that follow another: the hub may answer
 # that one while the app is still in its burst, and each patch counts against the hub's quota.
 _GATHER = 50
@@ -156,6 +164,10 @@ class _Mqtt(mqtt.Client):
 
     def _create_socket(self) -> Any:
         return self.dial()
+
+    @property
+    def unwritten(self) -> int:
+        return len(self._out_packet)
 
     def drop(self) -> None:
         """Close the socket, if there is one, without a word to the hub."""
@@ -267,8 +279,18 @@ class _Stream:
                 raise _Broken("a remaining length of more than four bytes")
         else:
             return None
-        if length > _MAX_PACKET:
-            raise _Broken(f"a packet of {length} bytes")
+        head = data[0]
+        if head & 0xF0 == 0x30:
+            if length > _MAX_PACKET:
+                raise _Broken(f"a packet of {length} bytes")
+            if head & 0x04:
+                # paho keeps such a message until it is released; the hub knows no QoS 2.
+                raise _Broken(f"a message with QoS {head >> 1 & 3}")
+        elif head not in (0x20, 0x90, 0xD0):
+            # Neither CONNACK, SUBACK nor PINGRESP.
+            raise _Broken(f"a packet of type {head >> 4}")
+        elif length > _MAX_ANSWER:
+            raise _Broken(f"a packet of type {head >> 4} with {length} bytes")
         self._wanted = at + length
         if end < self._wanted:
             return None
@@ -372,7 +394,8 @@ class TwinClient:
         self._on_error: list[Callable[[Exception], object]] = []
         self._appliers: dict[str, Callable[[Any], object]] = {}
 
-        self._events: SimpleQueue[Any] = SimpleQueue()
+        # Holds something if the dispatcher is to look at the events.
+        self._ready: SimpleQueue[None] = SimpleQueue()
         self._store: Store | None = None
         kept = None if store is None else self._open_store(store)
         self._twin = twin.Twin(
@@ -384,6 +407,9 @@ class TwinClient:
         )
         # What the handlers were last given whole.
         self._given: Document = self._twin.desired
+        self._events = Pending(self._given, self._ready)
+        if self._store is not None and self._store.error is not None:
+            self._events.put(twin.Failed(self._store.error))
         # What goes to the store in place of the core's queue, once that was given up at close.
         self._left: list[Any] | None = None
         self._store_failed = False
@@ -775,8 +801,6 @@ class TwinClient:
         from .store import Store
 
         self._store = store = Store(path, self._credentials.host, self._credentials.client_id)
-        if store.error is not None:
-            self._events.put(twin.Failed(store.error))
         return store.found
 
     def _keep(self) -> None:
@@ -811,7 +835,11 @@ class TwinClient:
 
     def _dispatch(self) -> None:
         while True:
-            event = self._events.get()
+            try:
+                event = self._events.take()
+            except IndexError:
+                self._ready.get()
+                continue
             if event is None:
                 with self._lock:
                     # Connected again meanwhile, by a handler: this thread goes on.
@@ -822,7 +850,7 @@ class TwinClient:
                         return
             kind = type(event)
             if kind is twin.DesiredChanged:
-                for on_desired in self._on_desired:
+                for on_desired in self._on_desired if event.patch else ():
                     try:
                         on_desired(*_copied((event.patch, event.desired)))
                     except Exception as error:  # noqa: BLE001  # whatever an app raises goes to its error handlers
@@ -888,6 +916,9 @@ class _Network(threading.Thread):
         self._misc_at = 0
         # True while the stream holds more, of which the selector knows nothing.
         self._more = False
+        # Packets that neither brought nor answered anything, and since when they are counted; what messages
+        # have brought since desired was measured.
+        self._idle = self._idle_since = self._heard = 0
         # Reports whose waiters are woken once this thread goes to sleep: woken earlier, they would only take
         # the processor from it and wait for the interpreter.
         self.to_wake: list[Report] = []
@@ -1059,14 +1090,25 @@ class _Network(threading.Thread):
                     packet = stream.next()
                     if packet is None:
                         return
+                    self._idle += 1
                     is_message, body = packet
                     if is_message:
                         self._published(body)
+                    elif self._mqtt.unwritten > _MAX_UNWRITTEN:
+                        raise _Broken("messages without reading their answers")
                     elif self._check(self._mqtt.loop_read()):
                         return
+                    if self._idle > _MAX_IDLE:
+                        self._look_at_idle()
                 except _Broken as error:
-                    self._lose(RemoteError(f"the connection was lost: the hub sent {error}"))
+                    self._lose(RemoteError(f"the connection was lost: the hub sent {error}"), True)
                     return
+
+    def _look_at_idle(self) -> None:
+        now = _now()
+        if now - self._idle_since < _IDLE_TIME:
+            raise _Broken(f"{_MAX_IDLE} packets in a row that mean nothing")
+        self._idle, self._idle_since = 0, now
 
     def _published(self, body: bytes) -> None:
         end = 2 + int.from_bytes(body[:2], "big")
@@ -1083,13 +1125,17 @@ class _Network(threading.Thread):
         if self._mqtt.socket() is not None:
             return False
         self._unwatch()
+        if code == MQTTErrorCode.MQTT_ERR_PROTOCOL:
+            raise _Broken("what is no MQTT 3.1.1")
         if not self._hang_up_wanted:
             self._lose(RemoteError(f"the connection was lost: {mqtt.error_string(MQTTErrorCode(code))}"))
         return True
 
-    def _lose(self, error: TwinError) -> None:
+    def _lose(self, error: TwinError, tell: bool = False) -> None:
         _log.info("%s: %s", self._client._credentials.client_id, error)
         with self._lock:
+            if tell:
+                self._client._events.put(twin.Failed(error))
             self._close_socket()
             self._client._perform(self._twin.disconnected(_now(), random.random(), error))
 
@@ -1115,6 +1161,7 @@ class _Network(threading.Thread):
         self._mqtt.drop()
 
     def _connect(self) -> None:
+        self._idle = self._idle_since = self._heard = 0
         client = self._client
         where = client._where
         try:
@@ -1243,7 +1290,18 @@ class _Network(threading.Thread):
     def _on_message(self, topic: str, payload: bytes) -> None:
         if _log.isEnabledFor(logging.DEBUG):
             _log.debug("%s <- %s %r", self._client._credentials.client_id, topic, payload[:_LOGGED])
-        self._client._perform(self._twin.message_received(topic, payload, _now(), random.random()))
+        outputs = self._twin.message_received(topic, payload, _now(), random.random())
+        self._client._perform(outputs)
+        for output in outputs:
+            if type(output) is not twin.Failed:
+                self._idle -= 1
+                break
+        # Patches that are small enough may still add up to a document that is not.
+        self._heard += len(payload)
+        if self._heard > _MAX_PACKET:
+            self._heard = len(dumps(self._twin.desired))
+            if self._heard > _MAX_PACKET:
+                raise _Broken(f"desired properties of {self._heard} bytes")
 
 
 def _told(error: OSError) -> str:

@@ -62,7 +62,8 @@ class _Rejected(TwinError):
             text += ": " + str(message)
         if tracking_id:
             text += " (trackingId " + str(tracking_id) + ")"
-        super().__init__(text)
+        # The hub's words, however many they are.
+        super().__init__(text[:2048])
         self.status = status
         self.error_code = error_code
         self.tracking_id = tracking_id

@@ -74,7 +74,7 @@ def loads(payload: bytes) -> object:
 def _without_surrogates(text: str) -> str:
     # MicroPython's json takes an escaped pair for two characters, and neither json minds a lone surrogate,
     # which no UTF-8 can say again.
-    result = ""
+    parts = []
     start = 0
     at = text.find("\\")
     while at >= 0:
@@ -83,18 +83,19 @@ def _without_surrogates(text: str) -> str:
             after = at + 6
             high = int(text[at + 2 : after], 16)
             if 0xD800 <= high < 0xE000:
-                result += text[start:at]
+                parts.append(text[start:at])
                 start = after
                 low = 0
                 if high < 0xDC00 and text[after : after + 2] == "\\u":
                     low = int(text[after + 2 : after + 6], 16)
                 if 0xDC00 <= low < 0xE000:
-                    result += chr(((high - 0xD800) << 10) + low + 0x2400)
+                    parts.append(chr(((high - 0xD800) << 10) + low + 0x2400))
                     start = after = after + 6
                 else:
-                    result += "\ufffd"
+                    parts.append("\ufffd")
         at = text.find("\\", after)
-    return result + text[start:]
+    parts.append(text[start:])
+    return "".join(parts)
 
 
 def _is_deeper(value: object, levels: int) -> bool:

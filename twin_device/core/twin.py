@@ -75,6 +75,7 @@ _TAKEN_OVER_TEXT = (
 )
 
 _MAX_KEPT = const(64)  # notifications kept before the document
+_MAX_KEPT_BYTES = const(262144)  # the largest message of the hub
 _MAX_PARTS = const(32)  # reports kept apart, so that a refusal hits only the one that earned it
 _MAX_QUEUE = const(1024)
 
@@ -93,9 +94,10 @@ class _Part:
 class _Kept:
     """A notification that waits for the document."""
 
-    def __init__(self, version: int, patch: "dict[str, object]"):
+    def __init__(self, version: int, patch: "dict[str, object]", size: int):
         self.version = version
         self.patch = patch
+        self.size = size
         self.outlived = False  # a document came that does not reach to it
 
 
@@ -587,8 +589,15 @@ class Twin:
                 RemoteError("a desired notification is no JSON object; the twin is retrieved again"), out
             )
             patch = version = None
-        if patch is not None and type(version) is int and len(self._kept) < _MAX_KEPT:
-            self._kept.append(_Kept(version, patch))
+        # Of a document that a board has read, this is just the number of keys.
+        size = sum([kept.size for kept in self._kept]) + len(payload)  # type: ignore[arg-type]  # bytes or a dict
+        if (
+            patch is not None
+            and type(version) is int
+            and len(self._kept) < _MAX_KEPT
+            and size <= _MAX_KEPT_BYTES
+        ):
+            self._kept.append(_Kept(version, patch, len(payload)))  # type: ignore[arg-type]  # as above
         elif self._get is not None:
             # The document that is on its way may be older than what cannot be kept.
             self._again = True
