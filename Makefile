@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check outage renewals bench mpy board-budget bench-hub scorecard chaos screenshot clean
+.PHONY: demo test check outage renewals bench mpy board-budget bench-hub scorecard chaos fuzz soak screenshot clean
 
 demo: .venv/installed
 	@$(BIN)/twin-device demo
@@ -49,6 +49,14 @@ renewals: .venv/installed
 outage: .venv/installed
 	@$(BIN)/python -m tests.outage
 
+# So long for each of nine targets: make fuzz MINUTES=5. An input that breaks a promise is saved in fuzz-crashers/.
+fuzz: .venv/fuzzing
+	@$(BIN)/python -m tests.fuzz.run --minutes $(or $(MINUTES),1) $(if $(SEED),--seed $(SEED))
+
+# 200 clients for so long, and nothing may grow: make soak MINUTES=60. The plot is soak.svg.
+soak: .venv/installed
+	@$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))
+
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
@@ -56,6 +64,11 @@ outage: .venv/installed
 
 .venv/checks: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[check]'
+	@touch $@
+
+# atheris is guided by coverage. Where it does not install, inputs are mutated without.
+.venv/fuzzing: .venv/installed
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[fuzz]'
 	@touch $@
 
 screenshot: .venv/installed

@@ -57,6 +57,8 @@ class HostileHub:
         self.sent = 0
         self.reports: list[Any] = []
         self._ended = threading.Event()
+        # The connections that there are now are to be ended, by the hub.
+        self.over = threading.Event()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self._threads = [threading.Thread(target=self._accept)]
@@ -82,6 +84,7 @@ class HostileHub:
                 connected, _ = self._listener.accept()
                 self.connections += 1
                 thread = threading.Thread(target=self._serve, args=(connected,))
+                self._threads = [one for one in self._threads if one.is_alive()]
                 self._threads.append(thread)
                 thread.start()
 
@@ -99,7 +102,7 @@ class HostileHub:
         received = bytearray()
         attack: Iterator[bytes] | None = None if self.before is None else iter(self.before())
         out = b""
-        while not self._ended.is_set():
+        while not self._ended.is_set() and not self.over.is_set():
             if not out and attack is not None:
                 out = next(attack, b"")
                 if not out:

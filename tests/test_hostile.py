@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import queue
 import random
 import sys
@@ -24,6 +25,14 @@ from twin_device.core.patch import merge
 from twin_device.events import _MAX_BYTES, _MAX_CHANGES, _MAX_OTHERS, Pending
 
 MEGABYTE = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def _no_log() -> Iterator[None]:
+    # pytest keeps every record, and memory is measured here.
+    logging.disable(logging.INFO)
+    yield
+    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture(params=["threads", "asyncio"])

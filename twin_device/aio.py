@@ -279,7 +279,6 @@ class TwinClient:
         self._appliers: dict[str, Callable[[Any], object]] = {}
         self._iterators: weakref.WeakSet[Changes] | None = None
 
-        self._events: deque[Any] = deque()
         self._keeper = None if store is None else _Keeper(self, store)
         kept = None if self._keeper is None else self._keeper.found
         self._twin = twin.Twin(
@@ -289,6 +288,9 @@ class TwinClient:
             reported=kept and kept.reported,
             reports=kept and kept.reports,
         )
+        self._events = Pending(self._twin.desired)
+        if self._keeper is not None and self._keeper.error is not None:
+            self._events.put(twin.Failed(self._keeper.error))
         self._settings = settings.Settings(self._twin)
         self._reports: dict[int, Report] = {}
         self._retrieves: dict[int, _Retrieve] = {}
@@ -311,10 +313,6 @@ class TwinClient:
         # With a pace: when the attempt that is due may be made. Nothing else is due meanwhile.
         self._pace = pace
         self._turn_at: int | None = None
-<<<<<<< HEAD
-=======
-        self._events = Pending({})
->>>>>>> cebc035 (client, aio: Bounds for what a hostile hub may send, and for what waits for a slow handler.)
         self._dispatcher: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
@@ -980,8 +978,6 @@ class _Keeper:
 
         self._client = client
         self._store = Store(path, client._credentials.host, client._credentials.client_id)
-        if self._store.error is not None:
-            client._events.append(twin.Failed(self._store.error))
         # What the handlers were last given whole.
         self.given: Document = self._store.found.desired
         # What goes to the store in place of the core's queue, once that was given up at close.
@@ -991,6 +987,10 @@ class _Keeper:
         self._done = 0
         self._queued = self._failed = self._closing = self._closed = False
         self._waiters: _Waiters = []
+
+    @property
+    def error(self) -> StoreError | None:
+        return self._store.error
 
     @property
     def found(self) -> "Kept":
