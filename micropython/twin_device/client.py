@@ -162,6 +162,7 @@ class TwinClient:
         self._user_name = credentials.user_name(
             product_info or "twin-device-micropython/" + _VERSION, model_id
         )
+        credentials = Credentials = decode_key = None  # with them their module goes
         self._token_lifetime = int(token_lifetime)
         self._store = store
         self._keep = keep
@@ -189,9 +190,7 @@ class TwinClient:
     @classmethod
     def from_connection_string(cls, text: str, **options: object) -> "TwinClient":
         """The client of a device's or module's connection string. LocalError names the malformed part."""
-        from .core.credentials import connection_string_fields
-
-        options.update(connection_string_fields(text))
+        options.update(_fields(text))
         return cls(**options)
 
     # ------------------------------------------------------------------ what the app knows
@@ -839,6 +838,13 @@ class _Link:
         if self._threshold is not None:
             gc.threshold(self._threshold)
             self._threshold = None
+
+
+def _fields(text: str) -> "dict[str, object]":
+    # By itself: the module that does it is not in memory any more when it returns.
+    from .core.credentials import connection_string_fields
+
+    return connection_string_fields(text)
 
 
 async def _within(waited: object, seconds: float) -> bool:
