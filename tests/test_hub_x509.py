@@ -216,6 +216,20 @@ def test_the_hubs_clock_counts(hub: LocalHub, certificates: Certificates) -> Non
             assert answer(hub, name, certificates[name]) == code
 
 
+def test_a_ca_has_its_time_too(hub: LocalHub, tmp_path: Path) -> None:
+    years = 365 * 86400.0
+    made = hub.make_certificate("signed", tmp_path, starts=-9 * years, ends=9 * years)
+    (leaf,) = ders(made.certificate_file)
+    authorities = hub._registry.authorities
+    assert authorities is not None
+    now = time.time()
+    authorities.check(Shown(leaf), now)
+    for then in (now - 8 * years, now + 8 * years):
+        Shown(leaf).check_time(then)
+        with pytest.raises(Refused, match="no CA for devices"):
+            authorities.check(Shown(leaf), then)
+
+
 def test_a_certificate_of_another_thumbprint_from_now_on(hub: LocalHub, folder: Path) -> None:
     old, new = (hub.make_certificate("renewed", folder / one, self_signed=True) for one in ("r1", "r2"))
     device = hub.create_device("renewed", certificate=(old.certificate_file, new.thumbprint))
