@@ -27,6 +27,7 @@ from .registry import Refused
 # Of what a device shows besides its own certificate.
 _MAX_CHAIN = 10
 _PIECE = 64 * 1024
+_MAX_COMMON_NAME = 64  # characters, by RFC 5280
 _YEAR = timedelta(days=365)
 
 
@@ -138,28 +139,27 @@ class Shown:
 
     def check_time(self, now: float) -> None:
         """Refused: it has expired, or is not valid yet. now: Unix seconds."""
-        read = self._read()
-        if now < read.not_valid_before_utc.timestamp():
+        starts, ends, _ = self._read()
+        if now < starts:
             raise Refused("the certificate is not valid yet")
-        if now > read.not_valid_after_utc.timestamp():
+        if now > ends:
             raise Refused("the certificate has expired")
 
     def check_name(self, name: str) -> None:
         """Refused: its subject's one common name is another."""
-        try:
-            names = [
-                str(one.value) for one in self._read().subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-            ]
-        except ValueError as error:
-            raise Refused(f"the certificate's subject cannot be read: {error}") from None
+        _, _, names = self._read()
         if names != [name]:
             raise Refused(f"the certificate's common name is {', '.join(map(repr, names)) or 'missing'}")
 
-    def _read(self) -> x509.Certificate:
+    def _read(self) -> tuple[float, float, list[str]]:
+        """Between which times it is valid, in Unix seconds, and its subject's common names."""
         try:
-            return x509.load_der_x509_certificate(self.der)
+            read = x509.load_der_x509_certificate(self.der)
+            names = read.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+            starts, ends = read.not_valid_before_utc, read.not_valid_after_utc
+            return starts.timestamp(), ends.timestamp(), [str(one.value) for one in names]
         except Exception as error:  # noqa: BLE001  # whatever a stranger's bytes make of the parser
-            raise Refused(f"the certificate cannot be read: {error}") from None
+            raise Refused(f"the certificate cannot be read: {error!r}") from None
 
 
 class Authorities:
@@ -258,6 +258,10 @@ def make(
     issuers: from the one that signs up to the root; empty if it signs itself. starts, ends: seconds from now.
     ValueError: a common name that no certificate has, or an end before the start.
     """
+    if not 1 <= len(common_name) <= _MAX_COMMON_NAME:
+        raise ValueError(
+            f"a common name has 1 to {_MAX_COMMON_NAME} characters, not {len(common_name)}: {common_name!r}"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     key = ec.generate_private_key(ec.SECP256R1())
     now = datetime.now(timezone.utc)
