@@ -1,8 +1,10 @@
 # Every command makes .venv first. PYTHON=python3.12 chooses the interpreter it is made with.
+# LOCK=.ci/lock.txt takes the versions that CI runs with; without it, the newest that fit.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := -m pip --quiet --disable-pip-version-check
 
-.PHONY: demo test check outage renewals bench mpy board-budget bench-hub scorecard chaos fuzz soak screenshot clean
+.PHONY: demo test check outage renewals bench mpy board-budget bench-hub scorecard chaos fuzz soak screenshot lock audit clean
 
 demo: .venv/installed
 	@$(BIN)/twin-device demo
@@ -59,17 +61,32 @@ soak: .venv/installed
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	$(BIN)/python $(PIP) install $(if $(LOCK),--constraint $(LOCK)) -e '.[test]'
 	@touch $@
 
 .venv/checks: .venv/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[check]'
+	$(BIN)/python $(PIP) install $(if $(LOCK),--constraint $(LOCK)) -e '.[check]'
 	@touch $@
 
 # atheris is guided by coverage. Where it does not install, inputs are mutated without.
 .venv/fuzzing: .venv/installed
-	-$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[fuzz]'
+	-$(BIN)/python $(PIP) install -e '.[fuzz]'
 	@touch $@
+
+# Pins what CI installs. Make it with the oldest Python that is supported, so that it fits all: PYTHON=python3.10.
+lock:
+	rm -rf build/lock
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python $(PIP) install -e '.[test,check]'
+	{ echo "# What CI installs: make lock PYTHON=python3.10"; build/lock/bin/python -m pip freeze --exclude-editable; } \
+		> build/lock/lock.txt
+	mv build/lock/lock.txt .ci/lock.txt
+
+# Known vulnerabilities of the pinned versions, asked over the network.
+audit:
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python $(PIP) install pip-audit
+	build/audit/bin/pip-audit --no-deps --disable-pip --requirement .ci/lock.txt
 
 screenshot: .venv/installed
 	$(BIN)/python -m tests.screenshot
