@@ -1,195 +1,176 @@
-"""Clients with X.509 certificates against the local hub, on both shells."""
+"""Client and hub prove to each other who they are, by certificates; what fails is named and not tried hot."""
 
-import queue
-import shutil
+import asyncio
 import ssl
-import time
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
-from tests.aio_app import BlockingClient, LoopThread
 from tests.waiting import PATIENCE, wait_until
-from twin_device import ConnectRefused, LocalError, TwinClient
+from twin_device import ConnectRefused, LocalError
+from twin_device import TwinClient as ThreadClient
 from twin_device.aio import TwinClient as AsyncClient
 from twin_device.hub import LocalHub
 
-Make = Callable[..., Any]
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("certificates")
 
 
 @pytest.fixture(scope="module")
-def hub() -> Iterator[LocalHub]:
-    with LocalHub() as hub:
+def hub(folder: Path) -> Iterator[LocalHub]:
+    with LocalHub(certificates=folder / "hub") as hub:
         yield hub
 
 
-@pytest.fixture(params=["threads", "asyncio"])
-def make(request: pytest.FixtureRequest, hub: LocalHub) -> Iterator[Make]:
-    """make(device_id, certificate, **options): a client that is not connected yet."""
-    made: list[Any] = []
-    loop = LoopThread() if request.param == "asyncio" else None
-
-    def make(name: str, certificate: Any, **options: Any) -> Any:
-        device, _, module = name.partition("/")
-        text = f"HostName=localhost:{hub.mqtts_port};DeviceId={device};x509=true"
-        if module:
-            text += f";ModuleId={module}"
-        if not isinstance(certificate, ssl.SSLContext):
-            options = {"ca_file": hub.ca_file, **options}
-        options = {"certificate": certificate, "timeout": PATIENCE, **options}
-        if loop is None:
-            made.append(TwinClient.from_connection_string(text, **options))
-        else:
-            made.append(BlockingClient(loop, AsyncClient.from_connection_string(text, **options)))
-        return made[-1]
-
-    yield make
-    for client in made:
-        client.close()
-    if loop is not None:
-        assert loop.close() == set()
+def files(hub: LocalHub, folder: Path, **options: Any) -> tuple[str, str]:
+    made = hub.make_certificate(options.pop("identity", "door"), folder, **options)
+    return made.certificate_file, made.key_file
 
 
-@pytest.fixture
-def name(request: pytest.FixtureRequest) -> str:
-    """A device of the test's own."""
-    return f"dev-{abs(hash(request.node.name)) % 10**8}"
+async def _report(client: AsyncClient) -> Any:
+    try:
+        await client.connect()
+        return await client.report({"a": 1})
+    finally:
+        await client.close()
 
 
-def test_a_device_that_signed_its_own(hub: LocalHub, make: Make, tmp_path: Path, name: str) -> None:
-    found = hub.make_certificate(name, tmp_path, self_signed=True)
-    device = hub.create_device(name, certificate=found.thumbprint, desired={"a": 1})
-    with make(name, (found.certificate_file, found.key_file)) as client:
-        assert client.desired == {"a": 1}
-        assert client.report({"b": 2}) == 2
-    assert device.reported == {"b": 2}
+def report(kind: Any, host: str, device: str, **options: Any) -> Any:
+    """Connect, report, close, on either shell."""
+    device_id, _, module_id = device.partition("/")
+    options = {"module_id": module_id or None, "timeout": PATIENCE, **options}
+    if kind is AsyncClient:
+
+        async def run() -> Any:
+            return await _report(AsyncClient(host, device_id, **options))
+
+        return asyncio.run(run())
+    with ThreadClient(host, device_id, **options) as client:
+        return client.report({"a": 1})
 
 
-@pytest.mark.parametrize("intermediate", [False, True])
-def test_a_device_whose_certificate_a_ca_has_signed(
-    hub: LocalHub, make: Make, tmp_path: Path, name: str, intermediate: bool
-) -> None:
-    found = hub.make_certificate(name, tmp_path, intermediate=intermediate)
-    hub.create_device(name, authority=True)
-    with make(name, (found.certificate_file, found.key_file)) as client:
-        assert client.report({"b": 2}) == 2
+SHELLS = pytest.mark.parametrize("kind", [ThreadClient, AsyncClient], ids=["threads", "asyncio"])
 
 
-def test_a_module(hub: LocalHub, make: Make, tmp_path: Path, name: str) -> None:
-    found = hub.make_certificate(name, tmp_path, self_signed=True)
-    module = hub.create_device(f"{name}/mod", certificate=found.thumbprint)
-    with make(f"{name}/mod", (found.certificate_file, found.key_file)) as client:
-        client.report({"b": 2})
-    assert module.reported == {"b": 2}
-
-
-def test_a_context_of_ones_own(hub: LocalHub, make: Make, tmp_path: Path, name: str) -> None:
-    found = hub.make_certificate(name, tmp_path, self_signed=True)
-    hub.create_device(name, certificate=found.thumbprint)
-    context = ssl.create_default_context(cafile=hub.ca_file)
-    context.load_cert_chain(found.certificate_file, found.key_file)
-    with make(name, context) as client:
-        assert client.report({"b": 2}) == 2
-
-
-def test_nothing_is_renewed(hub: LocalHub, make: Make, tmp_path: Path, name: str) -> None:
-    found = hub.make_certificate(name, tmp_path, self_signed=True)
-    device = hub.create_device(name, certificate=found.thumbprint)
-    # With a key this connection would end after a second.
-    with make(name, (found.certificate_file, found.key_file), token_lifetime=1) as client:
-        end = time.monotonic() + 1.5
-        wait_until(lambda: time.monotonic() > end, "more than its time")
-        assert client.state == "synchronised"
-    assert device.connections == 1
-
-
-def refused(client: Any, message: str) -> ConnectRefused:
-    with pytest.raises(ConnectRefused, match=message) as raised:
-        client.connect()
-    return raised.value
-
-
-def test_a_certificate_that_the_hub_does_not_know(
-    hub: LocalHub, make: Make, tmp_path: Path, name: str
-) -> None:
-    found = hub.make_certificate(name, tmp_path, self_signed=True)
-    hub.create_device(name, certificate="AB" * 20)
-    error = refused(make(name, (found.certificate_file, found.key_file)), "certificate and its thumbprint")
-    assert not error.can_retry
-
-
-def test_a_ca_that_the_hub_does_not_know(hub: LocalHub, make: Make, tmp_path: Path, name: str) -> None:
-    found = LocalHub().make_certificate(name, tmp_path)
-    device = hub.create_device(name, authority=True)
-    client = make(name, (found.certificate_file, found.key_file))
-    assert not refused(client, "certificate").can_retry
-    assert device.connections == 0
-
-
-def test_a_hub_that_another_ca_has_signed(hub: LocalHub, make: Make, tmp_path: Path, name: str) -> None:
-    found = hub.make_certificate(name, tmp_path, self_signed=True)
-    hub.create_device(name, certificate=found.thumbprint)
-    client = make(name, (found.certificate_file, found.key_file), ca_file=found.certificate_file)
-    error = refused(client, "certificate of localhost:.* is not to be trusted")
-    assert not error.can_retry
-
-
-def test_one_that_has_expired_is_named_before_anything_is_sent(
-    hub: LocalHub, make: Make, tmp_path: Path, name: str
-) -> None:
-    found = hub.make_certificate(name, tmp_path, self_signed=True, ends=-60.0)
-    device = hub.create_device(name, certificate=found.thumbprint)
-    error = refused(
-        make(name, (found.certificate_file, found.key_file)), f"{name}.*is not valid: certificate has expired"
+@SHELLS
+@pytest.mark.parametrize("how", ["thumbprint", "authority", "one between", "context"])
+@pytest.mark.parametrize("identity", ["front", "front/camera"])
+def test_a_certificate_connects(hub: LocalHub, tmp_path: Path, kind: Any, how: str, identity: str) -> None:
+    signs_itself = how in ("thumbprint", "context")
+    pair = files(
+        hub, tmp_path, identity=identity, self_signed=signs_itself, intermediate=how == "one between"
     )
-    assert not error.can_retry
-    assert device.connections == 0
+    device = hub.create_device(
+        identity, certificate=pair[0] if signs_itself else None, authority=not signs_itself
+    )
+    try:
+        shown: dict[str, Any] = {"certificate": pair, "ca_file": hub.ca_file}
+        if how == "context":
+            context = ssl.create_default_context(cafile=hub.ca_file)
+            context.load_cert_chain(*pair)
+            shown = {"certificate": context}
+        assert report(kind, f"localhost:{hub.mqtts_port}", identity, **shown) == 2
+        assert device.reported == {"a": 1}
+    finally:
+        hub.device("front").delete()
 
 
-def test_a_key_that_is_missing(hub: LocalHub, make: Make, tmp_path: Path, name: str) -> None:
-    found = hub.make_certificate(name, tmp_path, self_signed=True)
-    with pytest.raises(LocalError, match=r"key file '.*none.key' cannot be read"):
-        make(name, (found.certificate_file, str(tmp_path / "none.key"))).connect()
+def case(how: str, hub: LocalHub, folder: Path) -> tuple[str, dict[str, Any]]:
+    """Host and options of a client in which one thing is wrong."""
+    host, ca_file = f"localhost:{hub.mqtts_port}", hub.ca_file
+    pair = files(hub, folder)
+    if how == "the hub's CA is unknown":
+        with LocalHub(certificates=folder / "stranger") as stranger:
+            ca_file = str(folder / "stranger" / "ca.pem")
+            assert stranger.ca_file == ca_file
+    elif how == "the device's CA is unknown":
+        pair = files(LocalHub(), folder)
+    elif how == "another device's certificate":
+        pair = files(hub, folder, common_name="window")
+    elif how == "the device's has expired":
+        pair = files(hub, folder, starts=-7200.0, ends=-60.0)
+    return host, {"ca_file": ca_file, "certificate": pair}
 
 
-def test_a_renewed_certificate_needs_no_restart(hub: LocalHub, make: Make, tmp_path: Path, name: str) -> None:
-    old = hub.make_certificate(name, tmp_path / "old", self_signed=True)
-    new = hub.make_certificate(name, tmp_path / "new", self_signed=True)
-    device = hub.create_device(name, certificate=(old.thumbprint, new.thumbprint))
-    pair = (str(tmp_path / "device.pem"), str(tmp_path / "device.key"))
-
-    def install(found: Any) -> None:
-        shutil.copy(found.certificate_file, pair[0])
-        shutil.copy(found.key_file, pair[1])
-
-    install(old)
-    with make(name, pair) as client:
-        client.report({"a": 1})
-        install(new)
-        device.disconnect()
-        wait_until(lambda: device.connections == 2 and client.state == "synchronised", "it is back")
-        client.report({"a": 2})
-    assert device.reported == {"a": 2}
+WRONG = [
+    ("the hub's CA is unknown", r"certificate of localhost:\d+ is not to be trusted: .*issuer"),
+    ("the device's CA is unknown", "refuse"),
+    ("another device's certificate", "refuse"),
+    ("the device's has expired", r"'.*door\.pem' is not valid: certificate has expired"),
+]
 
 
-def test_a_certificate_for_an_identity_with_a_key(
-    hub: LocalHub, make: Make, tmp_path: Path, name: str
+@SHELLS
+@pytest.mark.parametrize(("how", "message"), WRONG)
+def test_what_is_wrong_is_named_and_not_tried_hot(
+    hub: LocalHub, tmp_path: Path, kind: Any, how: str, message: str
 ) -> None:
-    found = hub.make_certificate(name, tmp_path, self_signed=True)
-    hub.create_device(name)
-    assert not refused(make(name, (found.certificate_file, found.key_file)), "credentials").can_retry
+    device = hub.create_device("door", authority=True)
+    try:
+        host, options = case(how, hub, tmp_path)
+        with pytest.raises(ConnectRefused, match=message) as raised:
+            report(kind, host, "door", **options)
+        assert not raised.value.can_retry
+        assert device.connections == 0
+    finally:
+        device.delete()
 
 
-def test_a_refused_certificate_is_not_tried_hot(hub: LocalHub, make: Make, tmp_path: Path, name: str) -> None:
-    found = hub.make_certificate(name, tmp_path, self_signed=True)
-    hub.create_device(name, certificate="AB" * 20)
-    client = make(name, (found.certificate_file, found.key_file))
-    errors: queue.SimpleQueue[Exception] = queue.SimpleQueue()
-    client.on_error(errors.put)
-    client.connect(wait=False)
-    assert isinstance(errors.get(timeout=PATIENCE), ConnectRefused)
-    end = time.monotonic() + 1
-    with pytest.raises(queue.Empty):
-        errors.get(timeout=end - time.monotonic())
+@SHELLS
+def test_a_hub_of_another_name_is_refused(tmp_path: Path, kind: Any) -> None:
+    ca, folder = trustme.CA(), tmp_path / "hub"
+    folder.mkdir()
+    ca.cert_pem.write_to_path(str(folder / "ca.pem"))
+    ca.issue_cert("elsewhere.example").private_key_and_cert_chain_pem.write_to_path(
+        str(folder / "server.pem")
+    )
+    with LocalHub(certificates=folder) as hub:
+        pair = files(hub, tmp_path)
+        device = hub.create_device("door", authority=True)
+        with pytest.raises(ConnectRefused, match=r"not to be trusted: .*not valid for 'localhost'") as raised:
+            report(kind, f"localhost:{hub.mqtts_port}", "door", certificate=pair, ca_file=hub.ca_file)
+        assert not raised.value.can_retry
+        assert device.connections == 0
+
+
+@SHELLS
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [(0, r"certificate file '.*door\.pem' cannot be read"), (1, r"key file '.*\.key.*' cannot be read")],
+)
+def test_a_missing_file_is_named_before_anything_is_dialled(
+    hub: LocalHub, tmp_path: Path, kind: Any, missing: int, message: str
+) -> None:
+    pair = files(hub, tmp_path)
+    Path(pair[missing]).unlink()
+    with pytest.raises(LocalError, match=message):
+        report(kind, f"localhost:{hub.mqtts_port}", "door", certificate=pair, ca_file=hub.ca_file)
+
+
+def test_a_certificate_has_no_token_to_renew_and_a_new_file_counts(hub: LocalHub, tmp_path: Path) -> None:
+    device = hub.create_device("door", authority=True)
+    pair = files(hub, tmp_path)
+    errors: list[Exception] = []
+    told = threading.Event()
+    client = ThreadClient(
+        f"localhost:{hub.mqtts_port}", "door", certificate=pair, ca_file=hub.ca_file, token_lifetime=1
+    )
+    client.on_error(lambda error: (errors.append(error), told.set()))
+    with client:
+        assert not told.wait(1.2)
+        assert client.statistics["connects"] == 1
+        # Replaced by one that has expired: named at the next dial.
+        files(hub, tmp_path, starts=-7200.0, ends=-60.0)
+        device.disconnect()
+        assert told.wait(PATIENCE)
+        assert "has expired" in str(errors[0])
+        connections = device.connections
+        wait_until(lambda: client.state == "offline", "it waits")
+        assert device.connections == connections
+    device.delete()
