@@ -225,6 +225,28 @@ def test_who_waits_for_the_fleet_does_not_wait_for_what_was_removed(
     run(test())
 
 
+def test_a_certificate_that_cannot_be_right_is_its_own_devices_affair(
+    local_hub: LocalHub, make_gateway: MakeGateway, fleet: Any, tmp_path: Path
+) -> None:
+    async def test() -> None:
+        errors: list[Any] = []
+        files = (tmp_path / "none.pem", tmp_path / "none.key")
+        made = make_gateway()
+        made.on_error(lambda device_id, error: errors.append((device_id, str(error))))
+        host = f"HostName=localhost:{local_hub.mqtts_port};x509=true;DeviceId="
+        made.add(f"{host}early", certificate=files)
+        async with made:
+            made.add(fleet(1)[0].connection_string)
+            made.add(f"{host}late", certificate=files)
+            assert await made.settled(PATIENCE)
+            assert made.summary[:4] == (3, 1, 1, 2)
+            assert refusals(made) == ["early", "late"]
+        assert [device_id for device_id, _ in errors] == ["early", "late"]
+        assert all("none.pem' cannot be read: No such file" in told for _, told in errors)
+
+    run(test())
+
+
 def test_a_device_that_is_enabled_again_is_rejected_no_longer(make_gateway: MakeGateway, fleet: Any) -> None:
     async def test() -> None:
         (device,) = fleet(1)

@@ -68,7 +68,44 @@ def write(tmp_path: Path) -> Callable[..., str]:
     ids=["plain", "CRLF", "BOM", "comments", "quotes"],
 )
 def test_a_fleets_file(write: Any, content: str) -> None:
-    assert service.read_fleet(write(content)) == {"a": text("a"), "b": text("b")}
+    assert service.read_fleet(write(content)) == {name: service.FleetDevice(text(name)) for name in "ab"}
+
+
+CERTIFIED = "HostName=localhost;DeviceId=c;x509=true"
+
+
+def test_a_device_with_a_certificate_has_its_files(write: Any, tmp_path: Path) -> None:
+    for name in ("c.pem", "c.key"):
+        (tmp_path / name).touch()
+    columns = "connection_string,certificate,certificate_key\n"
+    path = write(f"{columns}{text('a')},,\n{CERTIFIED},c.pem, {tmp_path / 'c.key'}\n")
+    files = (str(tmp_path / "c.pem"), str(tmp_path / "c.key"))
+    assert service.read_fleet(path) == {
+        "a": service.FleetDevice(text("a")),
+        "c": service.FleetDevice(CERTIFIED, files),
+    }
+
+
+@pytest.mark.parametrize(
+    ("columns", "line", "why"),
+    [
+        (
+            "connection_string",
+            CERTIFIED,
+            "x509=true needs files in the columns certificate and certificate_key",
+        ),
+        ("connection_string,certificate", f"{CERTIFIED},c.pem", "x509=true needs files in the columns"),
+        ("connection_string,certificate,certificate_key", f"{CERTIFIED},c.pem,", "x509=true needs files"),
+        ("connection_string,certificate,certificate_key", f"{CERTIFIED},c.pem,no.key", "there is no file "),
+        ("connection_string,certificate", f"{text('a')},c.pem", "it has a SharedAccessKey and a certificate"),
+    ],
+)
+def test_a_certificate_that_is_not_there_is_named(
+    write: Any, tmp_path: Path, columns: str, line: str, why: str
+) -> None:
+    (tmp_path / "c.pem").touch()
+    with pytest.raises(LocalError, match=f"devices.csv, line 2: {why}"):
+        service.read_fleet(write(f"{columns}\n{line}\n"))
 
 
 def test_a_fleets_file_may_be_without_devices(write: Any) -> None:

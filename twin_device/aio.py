@@ -439,15 +439,16 @@ class TwinClient:
                 await self.disconnect()
                 raise
 
-    def _start(self) -> None:
-        """Want a connection from now on, if that is new."""
+    def _start(self, tell_at_dial: bool = False) -> None:
+        """Want a connection from now on, if that is new. tell_at_dial: a certificate that cannot be right is
+        no LocalError, but a refusal at each dial, until somebody mends it."""
         if self._closed:
             raise NotConnected("this client is closed; make a new one")
         if self._loop is not None:
             return
         if self._tls:
             # Files that cannot be right are the caller's; that a certificate has expired the dial tells.
-            with contextlib.suppress(ConnectRefused):
+            with contextlib.suppress(ConnectRefused, *((LocalError,) if tell_at_dial else ())):
                 self._context = tls_files.context(self._ca_file, self._certificate)
         loop = asyncio.get_running_loop()
         if isinstance(loop, getattr(asyncio, "ProactorEventLoop", ())):

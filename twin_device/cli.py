@@ -224,9 +224,9 @@ def _add_gateway_commands(commands: Any) -> None:
         description="Connect all devices of a CSV file and keep them connected, until SIGINT or SIGTERM. On "
         "a terminal there is a live table of them, elsewhere a line for what happens. SIGHUP reads the file "
         "again. Systemd is told when it asks for it.",
-        epilog="The file's first line names its columns, one of them connection_string; lines that begin "
-        "with # do not count. Exit status: 0 ended by a signal, 1 it failed, 2 wrong use, such as a bad "
-        "file.",
+        epilog="The file's first line names its columns, one of them connection_string; certificate and "
+        "certificate_key name the files of a device with x509=true; lines that begin with # do not count. "
+        "Exit status: 0 ended by a signal, 1 it failed, 2 wrong use, such as a bad file.",
     )
     run.add_argument("fleet", metavar="CSV", help="the devices; it holds keys, so only you should read it")
     _add_connection_options(run)

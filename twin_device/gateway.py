@@ -93,10 +93,10 @@ class TwinGateway:
     store: a folder with a file for each device, in which it goes on where an earlier run stopped, as
     aio.TwinClient's store. remove() leaves the file there.
 
-    A device that is refused is tried again slowly, and disturbs none of the others; so does one whose
-    connection hangs or whose handler takes its time. Handlers of one device run one at a time and in order,
-    those of different devices side by side. Like TwinClient's they may be coroutine functions, and must not
-    block.
+    A device that is refused, or whose certificate cannot be right, is tried again slowly and disturbs none of
+    the others; nor does one whose connection hangs or whose handler takes its time. Handlers of one device
+    run one at a time and in order, those of different devices side by side. Like TwinClient's they may be
+    coroutine functions, and must not block.
 
     Used in one event loop and its thread, from start() to close(); `async with` calls these two. Devices may
     be added, and handlers declared, before there is a loop.
@@ -168,7 +168,7 @@ class TwinGateway:
         for on_error in self._on_error:
             client.on_error(partial(on_error, device_id))
         if self._running:
-            client._start()
+            client._start(tell_at_dial=True)
         self._members[device_id] = member
         self._unsettled.add(member)
         return client
@@ -293,7 +293,7 @@ class TwinGateway:
         self._running = True
         try:
             for member in self._members.values():
-                member.client._start()
+                member.client._start(tell_at_dial=True)
         except BaseException:
             await self.close()
             raise

@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from . import systemd
 from .core.credentials import from_connection_string
@@ -24,6 +24,7 @@ from .core.errors import LocalError
 from .gateway import DeviceStatus, GatewaySummary, TwinGateway
 
 _COLUMN = "connection_string"
+_CERTIFICATE = ("certificate", "certificate_key")
 _MAX_TOLD = 20  # bad lines of a fleet's file that are told at once
 _MAX_FLEET_FILE = 64 << 20
 
@@ -43,12 +44,24 @@ _BAR = 30
 # ---------------------------------------------------------------------- the fleet's file
 
 
-def read_fleet(path: str) -> dict[str, str]:
-    """The connection strings in a CSV file, by device ("device" or "device/module").
+class FleetDevice(NamedTuple):
+    """One line of a fleet's file. certificate: the files of its certificate and key, if it has no key."""
 
-    Its first line names the columns; one is `connection_string`, others are the reader's own. Empty lines,
-    and those that begin with #, do not count. LocalError names every bad line by its number, and says what
-    is wrong with it, but never what it holds: there are keys in it.
+    connection_string: str
+    certificate: tuple[str, str] | None = None
+
+    def add_to(self, gateway: TwinGateway) -> None:
+        options = {} if self.certificate is None else {"certificate": self.certificate}
+        gateway.add(self.connection_string, **options)
+
+
+def read_fleet(path: str) -> dict[str, FleetDevice]:
+    """The devices in a CSV file, by id ("device" or "device/module").
+
+    Its first line names the columns; one is `connection_string`. A device with x509=true there has the files
+    of its certificate and key in `certificate` and `certificate_key`, from the file's folder on. Others are
+    the reader's own. Empty lines, and those that begin with #, do not count. LocalError names every bad line
+    by its number, and says what is wrong with it, but never what it holds: there are keys in it.
     """
     try:
         with open(path, "rb") as file:
@@ -62,11 +75,12 @@ def read_fleet(path: str) -> dict[str, str]:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise LocalError(f"{path}, line {line}: it is not UTF-8") from None
-    fleet: dict[str, str] = {}
+    fleet: dict[str, FleetDevice] = {}
     lines: dict[str, int] = {}
     wrong: list[tuple[int, str]] = []
     at: int | None = None
     columns = 0
+    files: list[int] = []
     for number, fields in _rows(path, text):
         if at is None:
             names = [name.strip() for name in fields]
@@ -75,17 +89,21 @@ def read_fleet(path: str) -> dict[str, str]:
                     f"{path}, line {number}: the first line names the columns, one of them {_COLUMN}"
                 )
             at, columns = names.index(_COLUMN), len(names)
+            files = [names.index(name) for name in _CERTIFICATE if name in names]
             continue
         try:
             if len(fields) != columns:
                 raise LocalError(f"it has {len(fields)} fields, the first line has {columns}")
-            device_id = from_connection_string(fields[at]).client_id
+            credentials = from_connection_string(fields[at])
+            device_id = credentials.client_id
             if device_id in fleet:
                 raise LocalError(f"{device_id} is in line {lines[device_id]} already")
+            pair = tuple(fields[index].strip() for index in files)
+            certificate = _certificate(os.path.dirname(path), pair, credentials.key is None)
         except LocalError as error:
             wrong.append((number, str(error)))
         else:
-            fleet[device_id] = fields[at].strip()
+            fleet[device_id] = FleetDevice(fields[at].strip(), certificate)
             lines[device_id] = number
     if at is None:
         raise LocalError(f"{path} is empty: its first line names the columns, one of them {_COLUMN}")
@@ -95,6 +113,21 @@ def read_fleet(path: str) -> dict[str, str]:
             told.append(f"and {len(wrong) - _MAX_TOLD} more bad lines")
         raise LocalError("\n".join(told))
     return fleet
+
+
+def _certificate(folder: str, files: tuple[str, ...], is_wanted: bool) -> tuple[str, str] | None:
+    """The files of a device's certificate and key, which are there."""
+    named = [os.path.join(folder, name) for name in files if name]
+    if not is_wanted:
+        if named:
+            raise LocalError("it has a SharedAccessKey and a certificate: only one of them can be right")
+        return None
+    if len(named) != len(_CERTIFICATE):
+        raise LocalError(f"x509=true needs files in the columns {' and '.join(_CERTIFICATE)}")
+    for name in named:
+        if not os.path.isfile(name):
+            raise LocalError(f"there is no file {name}")
+    return named[0], named[1]
 
 
 def _rows(path: str, text: str) -> list[tuple[int, list[str]]]:
@@ -280,7 +313,7 @@ def _plain(text: str) -> str:
 class _Service:
     """One run: what is shown, told to systemd and written to the status file while the gateway works."""
 
-    def __init__(self, gateway: TwinGateway, path: str, fleet: dict[str, str], options: Any) -> None:
+    def __init__(self, gateway: TwinGateway, path: str, fleet: dict[str, FleetDevice], options: Any) -> None:
         self._gateway = gateway
         self._path = path
         self._fleet = fleet
@@ -340,8 +373,8 @@ class _Service:
                 result = setup(self._gateway)
                 if inspect.isawaitable(result):
                     await result
-            for text in self._fleet.values():
-                self._gateway.add(text)
+            for device in self._fleet.values():
+                device.add_to(self._gateway)
             await self._gateway.start()
             return await self._serve()
         finally:
@@ -483,13 +516,13 @@ class _Service:
         except LocalError as error:
             self.tell(f"the fleet stays as it is: {error}", systemd.ERROR)
             return
-        gone = [device_id for device_id, text in self._fleet.items() if wanted.get(device_id) != text]
-        new = [device_id for device_id, text in wanted.items() if self._fleet.get(device_id) != text]
+        gone = [device_id for device_id, device in self._fleet.items() if wanted.get(device_id) != device]
+        new = [device_id for device_id, device in wanted.items() if self._fleet.get(device_id) != device]
         self._fleet = wanted
         try:
             await asyncio.gather(*(self._gateway.remove(device_id) for device_id in gone))
             for device_id in new:
-                self._gateway.add(wanted[device_id])
+                wanted[device_id].add_to(self._gateway)
         except LocalError as error:
             # The app has added or removed devices, too.
             self.tell(f"{self._path} was not read again to its end: {error}", systemd.ERROR)
