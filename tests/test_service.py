@@ -274,6 +274,23 @@ def test_a_fleet_with_a_few_that_are_refused(
     assert (gone.returncode, gone.stdout) == (2, f"not running: there is no {status}\n")
 
 
+def test_a_fleet_with_keys_and_certificates(
+    local_hub: LocalHub, write: Any, options: list[str], tmp_path: Path
+) -> None:
+    device = local_hub.create_device("dev-0")
+    signed = [local_hub.create_device(f"door-{n}", authority=True) for n in range(3)]
+    made = [local_hub.make_certificate(f"door-{n}", tmp_path) for n in range(2)]
+    # The third has the second one's, in files of its own.
+    files = [(Path(one.certificate_file).name, Path(one.key_file).name) for one in (*made, made[1])]
+    lines = ["connection_string,certificate,certificate_key", f"{device.connection_string},,"]
+    for one, (certificate, key) in zip(signed, files, strict=True):
+        lines.append(f"{one.connection_string},{certificate},{key}")
+    with running(write("\n".join(lines)), *options) as process:
+        lines_until(process, "the fleet is up: 3 of 4 synchronised, 1 rejected", "door-2: ")
+        assert [one.connected for one in (device, *signed)] == [True, True, True, False]
+        assert finish(process, signal.SIGTERM) == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_while_it_brings_up_the_fleet(
     write_fleet: Any, options: list[str], number: signal.Signals
