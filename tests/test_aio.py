@@ -1074,17 +1074,16 @@ def test_a_hub_that_writes_without_end_delays_no_neighbour(
         sick.on_desired(lambda patch, desired: patches.append(patch))
         async with make(device) as healthy, sick:
             before = pest.sent
-            slowest = 1.0
-            # Others may take the processor for a while, but not each time.
-            for _ in range(10):
-                slowest, ends = 0.0, time.monotonic() + 0.3
-                while time.monotonic() < ends:
-                    started = time.perf_counter()
-                    await healthy.report({"now": started})
-                    slowest = max(slowest, time.perf_counter() - started)
-                if slowest < 0.05:
-                    break
-            assert slowest < 0.05
+            # What one round of the loop costs its thread, whoever else wants the processor: nobody who is in
+            # it waits for longer.
+            busiest, ends = 0.0, time.monotonic() + 0.3
+            report = asyncio.ensure_future(healthy.report({"a": 1}))
+            while time.monotonic() < ends or not report.done():
+                started = time.thread_time()
+                await asyncio.sleep(0)
+                busiest = max(busiest, time.thread_time() - started)
+            assert await report == 2
+            assert busiest < 0.05
             assert pest.sent > before
             assert patches
             pest.ended.set()
