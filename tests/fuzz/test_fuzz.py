@@ -39,7 +39,14 @@ def test_the_shells_outlive_mutated_bytes_from_a_socket(shell: str) -> None:
 
 
 # What long runs have found, by its target.
-FOUND: list[tuple[str, bytes]] = []
+FOUND: list[tuple[str, bytes]] = [
+    # Damage in what is skipped is refused or not, by the cut: the promise was too strict.
+    (
+        "stream",
+        b'C{"desire(":{"a":\x01\x00\x00\x00\x00\x00\x00\x05"b":[1,"x"],"$version":4},"reported":'
+        b'{"a":null,"c"ud83d\\ude:2.5,"\xdc\x89\x9a\x92sigl":7}}',
+    ),
+]
 
 
 @pytest.mark.parametrize(("name", "data"), FOUND)
