@@ -21,7 +21,7 @@ from urllib.parse import quote
 from . import certificates, twins
 from .events import Event, Subscription
 from .faults import Fault, Faults
-from .guard import Guard, Guards
+from .guard import Guard, Guards, abort
 from .jobs import JobRefused, Jobs, invoked, method_of
 from .mqtt import Connection, Endpoint, MethodFailed, Packet, Session, Settings, Telemetry
 from .registry import Identity, Registry, is_thumbprint
@@ -261,7 +261,7 @@ class LocalHub:
         for transport in transports:
             if transport is not None:
                 # Merely closed, TLS would wait for its peer's goodbye.
-                transport.abort()
+                abort(transport)
         # Handshakes that have just begun, which nobody but the loop knows of.
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
