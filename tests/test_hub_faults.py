@@ -27,6 +27,7 @@ from tests.hub_wire import (
     token,
     user,
 )
+from tests.waiting import wait_until
 from twin_device.hub import Device, Fault, LocalHub
 from twin_device.hub.faults import KINDS
 
@@ -270,6 +271,22 @@ def test_a_late_notification_ends_with_its_connection(hub: LocalHub, device: Dev
         hub.fault("notification_late", device=device, times=1, seconds_late=1.5 * LATE)
         device.patch_desired({"a": 2})
         assert versions(wire, 1) == [(2, {"a": 2})]
+
+
+@pytest.mark.parametrize("kind", ["notification_coalesced", "notification_reordered"])
+def test_a_notification_that_is_held_ends_with_its_connection(
+    hub: LocalHub, device: Device, kind: str
+) -> None:
+    """Joined with one of a later connection, it would take back what was written in between."""
+    hub.fault(kind, device=device, times=1)
+    with online(hub.mqtt_port):
+        device.patch_desired({"a": 1})
+    wait_until(lambda: not device.connected, "it has gone")
+    device.patch_desired({"a": 2})
+    with online(hub.mqtt_port) as wire:
+        device.patch_desired({"b": 1})
+        device.patch_desired({"b": 2})
+        assert versions(wire, 2) == [(4, {"b": 1}), (5, {"b": 2})]
 
 
 @pytest.mark.parametrize("earlier", [{"o": None}, {"o": 5}])

@@ -1784,6 +1784,23 @@ def test_4_2_a_fight_for_one_identity_is_told_once_and_again_after_peace():
     assert [["fight" for text in texts if "does another client" in text] for texts in told] == fights
 
 
+def test_4_2_a_renewal_in_between_is_no_fight():
+    bench = Bench()
+    bench.synchronised(lifetime=10 * SECOND)
+    for _ in range(6):
+        bench.disconnected()
+        assert bench.errors() == []
+        bench.tick()
+        bench.connected(10 * SECOND)
+        bench.subscribed()
+        bench.document()
+        # The renewal, and the connection after it.
+        bench.wait(9 * SECOND)
+        bench.connected(10 * SECOND)
+        bench.subscribed()
+        bench.document()
+
+
 def test_4_2_what_the_client_ends_itself_is_no_fight():
     bench = bench_in("synchronised")
     for _ in range(5):

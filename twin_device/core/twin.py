@@ -770,7 +770,8 @@ class Twin:
         ):
             self._send_report(now, out)
         if renewing and self._flight is None and self._get is None:
-            # Planned: no backoff, and no attempt that counts.
+            # Planned: no backoff, no attempt that counts, and nobody else's doing.
+            self._short = 0
             out.append(Disconnect())
             self._leave(out, now)
             self._dial(now, out)

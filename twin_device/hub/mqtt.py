@@ -207,8 +207,10 @@ class _Message:
 
 
 class _Held(NamedTuple):
-    """A notification that waits for the next one. before: the document it changed, if they become one."""
+    """A notification that waits for the next one on its connection. before: the document it changed, if they
+    become one."""
 
+    connection: "Connection"
     patch: twins.Document
     version: int
     before: twins.Document | None = None
@@ -420,6 +422,8 @@ class Endpoint:
             return  # nothing is sent that could go wrong
         take = self.faults.take
         held = self._held_notifications.pop(identity_id, None)
+        if held is not None and held.connection is not connection:
+            held = None  # what was on its way has ended with its connection
         if held is not None and held.before is not None:
             self.send_notification(identity_id, twins.joined(held.before, held.patch, patch), version)
             return
@@ -430,11 +434,11 @@ class Endpoint:
         if take("notification_lost", identity_id):
             return
         if take("notification_reordered", identity_id):
-            self._held_notifications[identity_id] = _Held(patch, version)
+            self._held_notifications[identity_id] = _Held(connection, patch, version)
             return
         if take("notification_coalesced", identity_id):
             before = self.twins[identity_id].former_desired
-            self._held_notifications[identity_id] = _Held(patch, version, before)
+            self._held_notifications[identity_id] = _Held(connection, patch, version, before)
             return
         late = take("notification_late", identity_id)
         if late:
