@@ -2048,6 +2048,27 @@ def test_4_4_after_a_renewal_backoff_starts_over_if_the_connection_was_stable(li
     assert bench.twin.deadline - bench.now == wait
 
 
+def test_4_4_a_chain_of_renewals_is_one_life():
+    # Tokens of less than a minute: no connection lives that long, and yet backoff starts over.
+    bench = bench_in("dialling")
+    backoffs(bench, 5, Bench.disconnected)
+    waits = []
+    for renewals in range(10):
+        chain = copy.deepcopy(bench)
+        for _ in range(renewals):
+            chain.connected(10 * SECOND)
+            chain.subscribed()
+            chain.document()
+            assert kinds(chain.tick())[-1] == "Connect"
+        chain.connected(10 * SECOND)
+        chain.subscribed()
+        chain.document()
+        chain.disconnected()
+        waits.append(chain.twin.deadline - chain.now)
+    # Every connection lives 8 s, the last one none: seven make 56 s, eight more than the minute.
+    assert waits == [16000] * 8 + [500] * 2
+
+
 def test_4_5_the_core_asks_for_no_time_and_no_chance():
     # Same inputs, same outputs.
     def run():

@@ -152,7 +152,10 @@ class Twin:
         self._wait: "int | None" = None
         self._connect_tries = 0
         self._lost = 0
+        # When this connection counts as stable, and how long that is after it became synchronised: less
+        # than _STABLE where it follows another by a planned renewal, for a token may live less than that.
         self._stable_at: "int | None" = None
+        self._stable_in = _STABLE
         # Connections in a row that were synchronised and did not live for _STABLE.
         self._short = 0
         self._renew_at: "int | None" = None
@@ -526,6 +529,7 @@ class Twin:
         self._renew_at = None
         self._renewing = False
         self._stable_at = None
+        self._stable_in = _STABLE
         self._enter(OFFLINE, out)
 
     def _lose(self, now: int, jitter: float, error: "Exception | None", out: "list[object]") -> None:
@@ -696,7 +700,7 @@ class Twin:
         else:
             self._get_tries = 0
             if self._stable_at is None:
-                self._stable_at = now + _STABLE
+                self._stable_at = now + self._stable_in
             self._enter(SYNCHRONISED, out)
 
     # ------------------------------------------------------------------ reported properties
@@ -772,8 +776,10 @@ class Twin:
         if renewing and self._flight is None and self._get is None:
             # Planned: no backoff, no attempt that counts, and nobody else's doing.
             self._short = 0
+            stable_in = self._stable_in if self._stable_at is None else max(0, self._stable_at - now)
             out.append(Disconnect())
             self._leave(out, now)
+            self._stable_in = stable_in
             self._dial(now, out)
 
     def _next_request(self) -> str:
