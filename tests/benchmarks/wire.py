@@ -4,6 +4,7 @@ import asyncio
 import json
 import socket
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
@@ -24,7 +25,7 @@ def publish(topic: bytes, payload: bytes) -> bytes:
     return frame(0x30, text(topic) + payload)
 
 
-class Packets(asyncio.Protocol):
+class Packets(asyncio.Protocol, ABC):
     """A connection that takes what comes apart; take() is given each packet's first byte and its body."""
 
     transport: asyncio.Transport
@@ -51,11 +52,13 @@ class Packets(asyncio.Protocol):
         self.ended = True
         self.lost(error)
 
+    @abstractmethod
     def take(self, first: int, body: bytes) -> None:
-        raise NotImplementedError
+        """A whole packet: its first byte, and what follows its length."""
 
+    @abstractmethod
     def lost(self, error: Exception | None) -> None:
-        raise NotImplementedError
+        """The connection has ended."""
 
 
 def _split(data: bytes) -> Iterator[tuple[int, int, int]]:
