@@ -22,7 +22,7 @@ from twin_device import RemoteError, TwinClient, TwinError, aio
 from twin_device import client as client_module
 from twin_device.core import twin
 from twin_device.core.patch import merge
-from twin_device.events import _MAX_BYTES, _MAX_CHANGES, _MAX_OTHERS, Pending
+from twin_device.shell import _MAX_BYTES, _MAX_CHANGES, _MAX_OTHERS, Pending
 
 MEGABYTE = 1 << 20
 

@@ -16,8 +16,6 @@ import contextlib
 import errno
 import inspect
 import logging
-import marshal
-import math
 import os
 import random
 import signal
@@ -30,12 +28,10 @@ import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
-from . import __version__
 from . import tls as tls_files
 from .core import settings, twin
-from .core.credentials import Credentials, check_clock, connection_string_fields, decode_key
 from .core.errors import (
     ConnectRefused,
     LocalError,
@@ -47,38 +43,30 @@ from .core.errors import (
     TwinError,
 )
 from .core.patch import dumps
-from .events import Pending
+from .shell import (
+    FLUSH,
+    IDLE_TIME,
+    LOGGED,
+    MAX_ANSWER,
+    MAX_IDLE,
+    MAX_PACKET,
+    READ_AT_ONCE,
+    Document,
+    Pending,
+    Shell,
+    clock,
+    copied,
+)
 
 if TYPE_CHECKING:
     from .store import Kept
 
 __all__ = ["Change", "Changes", "Report", "TwinClient"]
 
-Document = dict[str, Any]
-_Handler = TypeVar("_Handler", bound=Callable[..., object])
-
 _log = logging.getLogger("twin_device.aio")
-
-_MQTTS_PORT = 8883
-_MQTT_PORT = 1883
-# The hub's own limit: it closes at 1.5 times the keep-alive, and after 29.45 minutes at the latest.
-_MAX_KEEP_ALIVE = 1177
-# Close waits this long for reports that the hub has not answered yet, and for a handler that still runs.
-_FLUSH = 5.0
-_LOGGED = 1000  # bytes of a payload that a DEBUG line shows
 
 # A handler that keeps the loop for longer than this (seconds) is named: meanwhile no other client is heard.
 _BLOCKING = 0.05
-
-# What one connection may have read before it is another's turn: one record of TLS.
-_SLICE = 16384
-# The hub's largest message has 256 KiB, and a topic of less than 1 KiB. More is no hub's, and must not take
-# this machine's memory.
-_MAX_PACKET = (256 + 1) << 10
-_MAX_ANSWER = 64  # bytes of a packet that is no message
-# So many packets within so many milliseconds that neither bring nor answer anything are no hub's.
-_MAX_IDLE = 10_000
-_IDLE_TIME = 10_000
 
 # MQTT 3.1.1, 2.2.1: control packet types, with the flags that they must have.
 _CONNECT = 0x10
@@ -184,32 +172,19 @@ class Changes:
             # Taken only now: whoever is cancelled while waiting loses nothing.
             patch, desired = self._changes.take()
             if patch:
-                return Change(_copied(patch), _copied(desired))
+                return Change(copied(patch), copied(desired))
 
     def _add(self, patch: Document, desired: Document) -> None:
         self._changes.put(twin.DesiredChanged(patch, desired))
         _wake(self._waiters)
 
 
-class TwinClient:
-    """One device's or module's twin, for asyncio.
+class TwinClient(Shell):
+    """One device's or module's twin, for asyncio; `help(TwinClient.__init__)` tells the options.
 
-    host: the hub's name, a port may follow (`localhost:18883`); the port is dialled and left out of user
-    name and token. key: the identity's key, in base64 or decoded. gateway: the name to dial instead of host.
-    policy: the name of the hub's policy whose key it is. Options, times in seconds:
-
-    port: used where host has none; 8883, or 1883 with tls=False. ca_file: PEM file to trust instead of the
-    system's store. tls: False for plaintext, which only a local hub speaks. keep_alive: 1 to 1177. timeout:
-    the longest wait of a call; a request to the hub is given up and asked again after a third of it.
-    product_info: told to the hub as DeviceClientType. model_id: the DTMI of IoT Plug and Play.
-    token_lifetime: of the SAS token; it is replaced after four fifths. pace: called before every attempt to
-    connect but the one that replaces a token; gives the seconds that it must wait for its turn, for fleets
-    (gateway.TwinGateway).
-
-    store: a file in which the client goes on where an earlier run with this identity stopped, as of the
-    client for threads. A report is in the file once `await client.report(...)` has returned, also with
-    wait=False. The file is written in a thread that is shared by all clients, so that a slow card holds up
-    no loop, and ends when there is nothing to write. It is this client's until close() has returned.
+    With a store, a report is in the file once `await client.report(...)` has returned, also with wait=False.
+    The file is written in a thread that is shared by all clients, so that a slow card holds up no loop, and
+    ends when there is nothing to write. It is this client's until close() has returned.
 
     Handlers are plain functions or coroutine functions. They run one at a time and in order, in a task of
     their own, and may call every method. Like everything in a loop a plain function must not block: what
@@ -220,84 +195,14 @@ class TwinClient:
     connect() runs in, which must be one that can watch sockets (on Windows a selector event loop).
     """
 
-    def __init__(
-        self,
-        host: str,
-        device_id: str,
-        *,
-        module_id: str | None = None,
-        key: str | bytes | None = None,
-        certificate: tls_files.Certificate | None = None,
-        gateway: str | None = None,
-        policy: str | None = None,
-        port: int = _MQTTS_PORT,
-        ca_file: str | os.PathLike[str] | None = None,
-        tls: bool = True,
-        keep_alive: int = 60,
-        timeout: float = 60,
-        product_info: str = "",
-        model_id: str | None = None,
-        token_lifetime: float = 3600,
-        store: str | os.PathLike[str] | None = None,
-        pace: Callable[[], float] | None = None,
-    ) -> None:
-        if not 1 <= keep_alive <= _MAX_KEEP_ALIVE:
-            raise LocalError(f"keep_alive is from 1 to {_MAX_KEEP_ALIVE} seconds, not {keep_alive}")
-        if not timeout > 0:
-            raise LocalError(f"timeout is a positive number of seconds, not {timeout}")
-        if not token_lifetime > 0:
-            raise LocalError(f"token_lifetime is a positive number of seconds, not {token_lifetime}")
-        if not 0 < port < 65536:
-            raise LocalError(f"port is from 1 to 65535, not {port}")
-        if (key is None) is (certificate is None):
-            raise LocalError("give the identity's key or its certificate: certificate=(file, key file)")
-        if certificate is not None and not tls:
-            raise LocalError("a certificate needs tls")
-        if isinstance(certificate, ssl.SSLContext) and ca_file is not None:
-            raise LocalError("ca_file: the context that is given as certificate says whom to trust")
-        key = decode_key(key) if isinstance(key, str) else key
-        credentials = Credentials(host, device_id, module_id, key, gateway, policy=policy)
-        self._credentials = credentials
-        self._host = credentials.dialled
-        if port != _MQTTS_PORT:
-            self._port = port
-        else:
-            self._port = credentials.port or (_MQTTS_PORT if tls else _MQTT_PORT)
-        self._where = f"{self._host}:{self._port}"
-        self._ca_file = ca_file
-        self._certificate = certificate
-        self._tls = tls
-        self._timeout = float(timeout)
-        self._keep_alive = int(keep_alive)
-        self._user_name = credentials.user_name(product_info or f"twin-device/{__version__}", model_id)
-        self._token_lifetime = float(token_lifetime)
-        self._context: ssl.SSLContext | None = None
+    _log = _log
+    _keeper: "_Keeper | None" = None
 
-        self._on_desired: list[Callable[[Document, Document], object]] = []
-        self._on_state: list[Callable[[str, str], object]] = []
-        self._on_error: list[Callable[[Exception], object]] = []
-        self._appliers: dict[str, Callable[[Any], object]] = {}
-        self._iterators: weakref.WeakSet[Changes] | None = None
-
-        self._keeper = None if store is None else _Keeper(self, store)
-        kept = None if self._keeper is None else self._keeper.found
-        self._twin = twin.Twin(
-            timeout=max(1, int(self._timeout * 1000 / 3)),
-            request_id=random.randrange(1 << 16) << 16,
-            desired=kept and kept.desired,
-            reported=kept and kept.reported,
-            reports=kept and kept.reports,
-        )
+    def _set_up(self) -> None:
         self._events = Pending(self._twin.desired)
-        if self._keeper is not None and self._keeper.error is not None:
-            self._events.put(twin.Failed(self._keeper.error))
-        self._settings = settings.Settings(self._twin)
+        self._iterators: weakref.WeakSet[Changes] | None = None
         self._reports: dict[int, Report] = {}
         self._retrieves: dict[int, _Retrieve] = {}
-        self._refused: ConnectRefused | None = None
-        # How many connect() calls wait: what they raise is not told to the error handlers, too.
-        self._waiting = 0
-        self._closed = False
         # A signal has come for run_forever().
         self._stopping = False
         # Woken at every change of state, refusal, and end of a report.
@@ -310,101 +215,23 @@ class TwinClient:
         self._dials: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = 0
-        # With a pace: when the attempt that is due may be made. Nothing else is due meanwhile.
-        self._pace = pace
+        # A fleet's clients take turns at dialling (gateway.TwinGateway): called before every attempt but the
+        # one that replaces a token, it gives the seconds until this one's turn.
+        self._pace: Callable[[], float] | None = None
+        # When the attempt that is due may be made. Nothing else is due meanwhile.
         self._turn_at: int | None = None
         self._dispatcher: asyncio.Task[None] | None = None
+        if self._keeper is not None and self._keeper.error is not None:
+            self._put(twin.Failed(self._keeper.error))
 
-    def __repr__(self) -> str:
-        return f"<TwinClient {self._credentials.client_id} at {self._where}, {self.state}>"
+    def _open_store(self, path: str | os.PathLike[str]) -> "Kept":
+        self._keeper = _Keeper(self, path)
+        return self._keeper.found
 
-    @classmethod
-    def from_connection_string(cls, text: str, **options: Any) -> "TwinClient":
-        """The client of a device's or module's connection string. options: as of TwinClient.
+    def _notify(self) -> None:
+        _wake(self._changed)
 
-        Raises LocalError that names the malformed part, never its value.
-        """
-        fields: dict[str, Any] = connection_string_fields(text)
-        return cls(**fields, **options)
-
-    # ------------------------------------------------------------------ what the app knows
-
-    @property
-    def state(self) -> str:
-        """ "offline", "subscribing", "retrieving" or "synchronised" (connected, subscribed and retrieved)."""
-        return self._twin.state
-
-    @property
-    def desired(self) -> Document:
-        """The desired properties as last known, in a copy of the caller's own."""
-        desired: Document = _copied(self._twin.desired)
-        return desired
-
-    @property
-    def reported(self) -> Document:
-        """The reported properties that the hub is known to hold, in a copy of the caller's own."""
-        reported: Document = _copied(self._twin.reported or {})
-        return reported
-
-    @property
-    def desired_version(self) -> int | None:
-        """`$version` of `desired`; None before the first synchronisation."""
-        return self._twin.desired_version
-
-    @property
-    def reported_version(self) -> int | None:
-        """`$version` of `reported`; None before the first synchronisation. Good for report(version=...)."""
-        return self._twin.reported_version
-
-    @property
-    def statistics(self) -> dict[str, Any]:
-        """Counts since the client was made: connects, retrieves, notifications (applied), stale (discarded),
-        gaps, reports (patches sent), coalesced (reports that needed none of their own), rejected, throttled,
-        ignored (answers nobody waited for); and last_error (str or None)."""
-        return dict(self._twin.statistics)
-
-    # ------------------------------------------------------------------ handlers
-
-    def on_desired(self, handler: _Handler) -> _Handler:
-        """Have handler(patch, desired) called at every change of the desired properties.
-
-        patch: a JSON merge patch from what the handlers were given before; after a (re)connect it is the
-        whole difference in one. desired: the properties after it. Both are the handler's own copies.
-        """
-        self._on_desired.append(handler)
-        return handler
-
-    def on_state(self, handler: _Handler) -> _Handler:
-        """Have handler(old, new) called at every change of `state`."""
-        self._on_state.append(handler)
-        return handler
-
-    def on_error(self, handler: _Handler) -> _Handler:
-        """Have handler(error) called for errors that belong to no call of the app: refused credentials, a hub
-        that breaks its protocol, a refused report that nobody waited for, an exception in another handler."""
-        self._on_error.append(handler)
-        return handler
-
-    def setting(self, name: str, *, shape: str = "document") -> Callable[[_Handler], _Handler]:
-        """Make a desired property a setting: the desired-state pattern.
-
-        The decorated function is called with a new desired value and applies it, or raises to refuse it. The
-        client reports the value as pending before, and success or failure with the exception's text after.
-        A value that is reported as applied already is not applied again; one that is not is tried again
-        after every reconnect. Of values that arrive meanwhile only the newest is applied. A desired value
-        that is removed changes nothing.
-
-        shape: "document" (`status` Pending, Success, Failed; `pendingConfig`; `reason`) or "pnp" (`value`,
-        `ac`, `av`, `ad`). name: "component.property" for a property of a Plug and Play component.
-        """
-
-        def declare(apply: _Handler) -> _Handler:
-            self._settings.declare(name, shape)
-            self._appliers[name] = apply
-            self._perform(self._settings.declared(name, _now()))
-            return apply
-
-        return declare
+    # ------------------------------------------------------------------ changes
 
     def changes(self) -> Changes:
         """Every change of the desired properties from now on, for `async for change in client.changes()`.
@@ -446,21 +273,18 @@ class TwinClient:
             raise NotConnected("this client is closed; make a new one")
         if self._loop is not None:
             return
-        if self._tls:
-            # Files that cannot be right are the caller's; that a certificate has expired the dial tells.
-            with contextlib.suppress(ConnectRefused, *((LocalError,) if tell_at_dial else ())):
-                self._context = tls_files.context(self._ca_file, self._certificate)
+        with contextlib.suppress(*((LocalError,) if tell_at_dial else ())):
+            self._load_tls()
         loop = asyncio.get_running_loop()
         if isinstance(loop, getattr(asyncio, "ProactorEventLoop", ())):
             raise LocalError("this event loop cannot watch sockets: use a selector event loop")
         self._refused = None
-        if not self._tls and not _is_loopback(self._host):
-            _log.warning("%s: plaintext to %s: anybody on the way can read and change it", self, self._host)
+        self._warn_of_plaintext()
         self._loop = loop
         self._run = object()
         self._wake_dispatcher()
         if self._pace is None:
-            self._perform(self._twin.start(_now()))
+            self._perform(self._twin.start(clock()))
         else:
             self._await_turn(self._pace)
 
@@ -474,8 +298,7 @@ class TwinClient:
                 if self._run is not run:
                     raise NotConnected("the client was disconnected while it connected")
                 if not await _woken(self._changed, deadline - time.monotonic()):
-                    why = self._twin.statistics["last_error"] or f"it is still {self._twin.state}"
-                    raise ConnectRefused(f"not synchronised with {self._where} in time: {why}")
+                    raise self._not_in_time()
         finally:
             self._waiting -= 1
 
@@ -505,7 +328,7 @@ class TwinClient:
             tasks.add(self._dispatcher)
         if not tasks:
             return
-        grace = min(self._timeout, _FLUSH)
+        grace = min(self._timeout, FLUSH)
         try:
             _, tasks = await asyncio.wait(tasks, timeout=grace)
         finally:
@@ -523,7 +346,7 @@ class TwinClient:
 
         Handlers are treated as by disconnect(). Nothing is left then: no task, no socket, no timer.
         """
-        deadline = time.monotonic() + min(self._timeout, _FLUSH)
+        deadline = time.monotonic() + min(self._timeout, FLUSH)
         try:
             while self._twin.outstanding and self._twin.state != twin.OFFLINE:
                 if not await _woken(self._changed, deadline - time.monotonic()):
@@ -626,7 +449,7 @@ class TwinClient:
             raise NotConnected("this client is closed; make a new one")
         if wait and self._loop is None:
             raise NotConnected("not connected: call connect() first, or report with wait=False")
-        ticket, outputs = self._twin.report(patch, _now(), version, always)
+        ticket, outputs = self._twin.report(patch, clock(), version, always)
         report = self._reports.get(ticket)
         if report is None:
             report = self._reports[ticket] = Report(self._timeout, self._keeper)
@@ -657,7 +480,7 @@ class TwinClient:
         timeout = self._timeout if timeout is None else timeout
         if self._loop is None:
             raise NotConnected("not connected: call connect() first")
-        ticket, outputs = self._twin.retrieve(_now())
+        ticket, outputs = self._twin.retrieve(clock())
         retrieve = self._retrieves[ticket] = _Retrieve()
         self._perform(outputs)
         try:
@@ -674,13 +497,13 @@ class TwinClient:
     def _perform(self, outputs: list[Any]) -> None:
         """Perform the core's outputs in their order. None of them gives the core an input at once."""
         if self._appliers:
-            outputs = outputs + self._settings.observe(outputs, _now())
+            outputs = outputs + self._settings.observe(outputs, clock())
         for output in outputs:
             kind = type(output)
             if kind is twin.Publish:
                 if _log.isEnabledFor(logging.DEBUG):
                     _log.debug(
-                        "%s -> %s %r", self._credentials.client_id, output.topic, output.payload[:_LOGGED]
+                        "%s -> %s %r", self._credentials.client_id, output.topic, output.payload[:LOGGED]
                     )
                 self._link.publish(output.topic, output.payload)  # type: ignore[union-attr]  # connected: there is one
             elif kind is twin.Reported:
@@ -721,23 +544,9 @@ class TwinClient:
             self._keeper.keep()
 
     def _state_changed(self, output: Any) -> None:
-        final = output.new in (twin.OFFLINE, twin.SYNCHRONISED)
-        _log.log(
-            logging.INFO if final else logging.DEBUG, "%s is %s", self._credentials.client_id, output.new
-        )
-        if output.new == twin.SYNCHRONISED:
-            self._refused = None
-        _wake(self._changed)
+        super()._state_changed(output)
         if self._on_state:
             self._put(output)
-
-    def _failed(self, error: Exception) -> None:
-        if isinstance(error, ConnectRefused) and not error.can_retry:
-            self._refused = error
-            _wake(self._changed)
-            if self._waiting:
-                return
-        self._put(twin.Failed(error))
 
     # ------------------------------------------------------------------ time
 
@@ -757,11 +566,11 @@ class TwinClient:
                 return
             self._timer.cancel()
         self._timer_due = due
-        self._timer = self._loop.call_later(max(0, due - _now()) / 1000, self._tick)
+        self._timer = self._loop.call_later(max(0, due - clock()) / 1000, self._tick)
 
     def _tick(self) -> None:
         self._timer = None
-        now = _now()
+        now = clock()
         if self._link is not None and now >= self._link.due:
             self._link.keep_alive(now)
         deadline = self._twin.deadline if self._turn_at is None else self._turn_at
@@ -777,7 +586,7 @@ class TwinClient:
         self._arm()
 
     def _await_turn(self, pace: Callable[[], float]) -> None:
-        self._turn_at = _now() + int(pace() * 1000)
+        self._turn_at = clock() + int(pace() * 1000)
         self._arm()
 
     # ------------------------------------------------------------------ the connection
@@ -800,23 +609,14 @@ class TwinClient:
         _log.debug("%s: connecting to %s", self._credentials.client_id, where)
         error: TwinError
         try:
-            check_clock(int(time.time()), time.strftime("%Y-%m-%d", time.gmtime()))
-            if self._tls:
-                # Anew each time: files that were replaced, as certificates are, count from the next dial on.
-                self._context = tls_files.context(self._ca_file, self._certificate)
+            self._before_dial()
             connected = await _connected(
                 self._host, self._port, self._context, time.monotonic() + self._timeout / 3
             )
             # Nothing is awaited from here on: the socket is either closed or the client's.
             link = self._link = _Link(self, connected)
-            password = None
-            if self._certificate is None:
-                # Whole seconds, and never fewer than the lifetime after which the core renews it.
-                password = self._credentials.password(math.ceil(time.time() + self._token_lifetime))
-            link.connect(self._credentials.client_id, self._user_name, password)
+            link.connect(self._credentials.client_id, self._user_name, self._password())
             self._arm()
-        except LocalError as failure:
-            error = ConnectRefused(f"cannot connect to {where}: {failure}", False)
         except ConnectRefused as refusal:
             error = refusal
         except OSError as failure:
@@ -838,16 +638,15 @@ class TwinClient:
         _log.info("%s: %s", self._credentials.client_id, error)
         if tell:
             self._put(twin.Failed(error))
-        self._perform(self._twin.disconnected(_now(), random.random(), error))
+        self._perform(self._twin.disconnected(clock(), random.random(), error))
 
     # What the link calls, never from within _perform.
 
     def _acknowledged(self, code: int) -> None:
         """CONNACK with this return code."""
-        now, jitter = _now(), random.random()
+        now, jitter = clock(), random.random()
         if code == 0:
-            lifetime = int(self._token_lifetime * 1000) if self._certificate is None else None
-            self._perform(self._twin.connected(now, jitter, lifetime))
+            self._perform(self._twin.connected(now, jitter, self._lifetime()))
             return
         if self._link is not None:
             self._link.close()
@@ -855,20 +654,20 @@ class TwinClient:
         self._perform(self._twin.refused(code, now, jitter))
 
     def _granted(self, codes: tuple[int, ...]) -> None:
-        self._perform(self._twin.subscribed(codes, _now(), random.random()))
+        self._perform(self._twin.subscribed(codes, clock(), random.random()))
 
     def _received(self, topic: str, payload: bytes) -> bool:
         """True if the message brought or answered something."""
         if _log.isEnabledFor(logging.DEBUG):
-            _log.debug("%s <- %s %r", self._credentials.client_id, topic, payload[:_LOGGED])
-        outputs = self._twin.message_received(topic, payload, _now(), random.random())
+            _log.debug("%s <- %s %r", self._credentials.client_id, topic, payload[:LOGGED])
+        outputs = self._twin.message_received(topic, payload, clock(), random.random())
         self._perform(outputs)
         return any(type(output) is not twin.Failed for output in outputs)
 
     # ------------------------------------------------------------------ the dispatcher task
 
     def _put(self, event: Any) -> None:
-        self._events.put(event)
+        super()._put(event)
         self._wake_dispatcher()
 
     def _wake_dispatcher(self) -> None:
@@ -883,7 +682,7 @@ class TwinClient:
                 kind = type(event)
                 if kind is twin.DesiredChanged:
                     for on_desired in self._on_desired if event.patch else ():
-                        await self._call(on_desired, _copied(event.patch), _copied(event.desired))
+                        await self._call(on_desired, copied(event.patch), copied(event.desired))
                     if self._keeper is not None:
                         self._keeper.given = event.desired
                 elif kind is twin.StateChanged:
@@ -913,7 +712,7 @@ class TwinClient:
             error = await self._call(self._appliers[name], value)
             reason = None if error is None else str(error) or type(error).__name__
         finally:
-            self._perform(self._settings.applied(name, reason, _now()))
+            self._perform(self._settings.applied(name, reason, clock()))
 
     async def _call(self, handler: Callable[..., object], *arguments: Any) -> BaseException | None:
         """Call a handler. What it raises goes to the error handlers, and is returned."""
@@ -941,9 +740,7 @@ class TwinClient:
         return None
 
     async def _tell_error(self, error: BaseException) -> None:
-        if not self._on_error:
-            known = isinstance(error, TwinError)
-            _log.error("%s: %s", self._credentials.client_id, error, exc_info=None if known else error)
+        self._log_unheard(error)
         for on_error in self._on_error:
             try:
                 result = on_error(error)  # type: ignore[arg-type]  # a handler's CancelledError is one more
@@ -1154,7 +951,7 @@ class _Link:
         # have brought since desired was measured.
         self._idle = self._idle_since = self._heard = 0
         # When to look after the connection.
-        self.due = _now() + self._keep_alive
+        self.due = clock() + self._keep_alive
         self._loop.add_reader(connected, self._readable)
 
     # Writing. A failure is told in the loop's next round, since the core may be waiting for its outputs.
@@ -1228,7 +1025,7 @@ class _Link:
                 return
             packet = packet[sent:]
         self._out += packet
-        if len(self._out) > _MAX_PACKET:
+        if len(self._out) > MAX_PACKET:
             # A report, a retrieve and a ping are far less: these are answers to what it sends.
             self._loop.call_soon(self._broken, "messages without reading their answers")
         self._watch_writes()
@@ -1261,7 +1058,7 @@ class _Link:
         if connected is None:
             return
         try:
-            data = connected.recv(_SLICE)
+            data = connected.recv(READ_AT_ONCE)
         except (BlockingIOError, InterruptedError, ssl.SSLWantReadError):
             return
         except ssl.SSLWantWriteError:
@@ -1313,10 +1110,10 @@ class _Link:
                 self._wanted = 0
                 break
             head = data[start]
-            if head & 0xF0 != _PUBLISH and length > _MAX_ANSWER:
+            if head & 0xF0 != _PUBLISH and length > MAX_ANSWER:
                 self._broken(f"a packet of type {head >> 4} with {length} bytes")
                 return
-            if length > _MAX_PACKET:
+            if length > MAX_PACKET:
                 self._broken(f"a packet of {length} bytes")
                 return
             if end - at < length:
@@ -1333,10 +1130,10 @@ class _Link:
         # A whole packet is a sign of life; bytes that never make one are not.
         self._pinged = False
         self._idle += 1
-        if self._idle > _MAX_IDLE:
-            now = _now()
-            if now - self._idle_since < _IDLE_TIME:
-                self._broken(f"{_MAX_IDLE} packets in a row that mean nothing")
+        if self._idle > MAX_IDLE:
+            now = clock()
+            if now - self._idle_since < IDLE_TIME:
+                self._broken(f"{MAX_IDLE} packets in a row that mean nothing")
                 return
             self._idle, self._idle_since = 0, now
         if kind == _CONNACK and not self._acknowledged and len(body) == 2:
@@ -1371,9 +1168,9 @@ class _Link:
             self._idle -= 1
         # Patches that are small enough may still add up to a document that is not.
         self._heard += len(body)
-        if self._heard > _MAX_PACKET:
+        if self._heard > MAX_PACKET:
             self._heard = len(dumps(self._client._twin.desired))
-            if self._heard > _MAX_PACKET:
+            if self._heard > MAX_PACKET:
                 self._broken(f"desired properties of {self._heard} bytes")
 
     def _broken(self, what: str) -> None:
@@ -1605,20 +1402,7 @@ _signals: "weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Signals]" = wea
 # ---------------------------------------------------------------------- small things
 
 
-def _now() -> int:
-    return time.monotonic_ns() // 1_000_000
-
-
 def _text(text: str) -> bytes:
     # 1.5.3: strings, and binary data as well, stand after their length.
     data = text.encode()
     return struct.pack("!H", len(data)) + data
-
-
-def _copied(document: Any) -> Any:
-    # The fastest deep copy of JSON that CPython has.
-    return marshal.loads(marshal.dumps(document))  # noqa: S302  # it reads what it has just written
-
-
-def _is_loopback(host: str) -> bool:
-    return host == "localhost" or host == "::1" or host.startswith("127.")

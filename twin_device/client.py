@@ -9,8 +9,6 @@ report is written to the socket by the thread that makes it: to wake another one
 import contextlib
 import errno
 import logging
-import marshal
-import math
 import os
 import random
 import selectors
@@ -20,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
@@ -31,13 +29,10 @@ try:
 except ImportError:
     from queue import SimpleQueue
 
-from . import __version__
 from . import tls as tls_files
 from .core import settings, twin
-from .core.credentials import Credentials, check_clock, connection_string_fields, decode_key
 from .core.errors import (
     ConnectRefused,
-    LocalError,
     NotConnected,
     RemoteError,
     ReportTimeout,
@@ -46,32 +41,27 @@ from .core.errors import (
     TwinError,
 )
 from .core.patch import dumps
-from .events import Pending
+from .shell import (
+    FLUSH,
+    IDLE_TIME,
+    LOGGED,
+    MAX_ANSWER,
+    MAX_IDLE,
+    MAX_PACKET,
+    READ_AT_ONCE,
+    Document,
+    Pending,
+    Shell,
+    clock,
+    copied,
+)
 
 if TYPE_CHECKING:
     from .store import Kept, Store
 
-Document = dict[str, Any]
-_Handler = TypeVar("_Handler", bound=Callable[..., object])
-
 _log = logging.getLogger("twin_device.client")
 
-_MQTTS_PORT = 8883
-_MQTT_PORT = 1883
-# The hub's own limit: it closes at 1.5 times the keep-alive, and after 29.45 minutes at the latest.
-_MAX_KEEP_ALIVE = 1177
 _LONG = 3_600_000  # milliseconds that a thread with nothing to do sleeps; what comes up wakes it
-# Close waits this long for reports that the hub has not answered yet.
-_FLUSH = 5.0
-_LOGGED = 1000  # bytes of a payload that a DEBUG line shows
-_AHEAD = 16384  # bytes that are read at once: one record of TLS
-# The hub's largest message has 256 KiB, and a topic of less than 1 KiB. More is no hub's, and must not take
-# this machine's memory.
-_MAX_PACKET = (256 + 1) << 10
-_MAX_ANSWER = 64  # bytes of a packet that is no message
-# So many packets within so many milliseconds that neither bring nor answer anything are no hub's.
-_MAX_IDLE = 10_000
-_IDLE_TIME = 10_000
 # Packets that wait to be written: a report, a retrieve and a ping. More are answers to a hub that reads none.
 _MAX_UNWRITTEN = 1000
 # Milliseconds in which reports are gathered that nobody waits for and that follow another: the hub may answer
@@ -252,7 +242,7 @@ class _Stream:
     def fill(self) -> bool:
         """Read what there is, up to a record of TLS; False at the connection's end. Raises OSError."""
         try:
-            data = self.socket.recv(_AHEAD)
+            data = self.socket.recv(READ_AT_ONCE)
         except (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return True
         self._in += data
@@ -281,7 +271,7 @@ class _Stream:
             return None
         head = data[0]
         if head & 0xF0 == 0x30:
-            if length > _MAX_PACKET:
+            if length > MAX_PACKET:
                 raise _Broken(f"a packet of {length} bytes")
             if head & 0x04:
                 # paho keeps such a message until it is released; the hub knows no QoS 2.
@@ -289,7 +279,7 @@ class _Stream:
         elif head not in (0x20, 0x90, 0xD0):
             # Neither CONNACK, SUBACK nor PINGRESP.
             raise _Broken(f"a packet of type {head >> 4}")
-        elif length > _MAX_ANSWER:
+        elif length > MAX_ANSWER:
             raise _Broken(f"a packet of type {head >> 4} with {length} bytes")
         self._wanted = at + length
         if end < self._wanted:
@@ -309,215 +299,37 @@ class _Stream:
         return isinstance(self.socket, ssl.SSLSocket) and self.socket.pending() > 0
 
 
-class TwinClient:
-    """One device's or module's twin.
-
-    host: the hub's name, a port may follow (`localhost:18883`); the port is dialled and left out of user
-    name and token. key: the identity's key, in base64 or decoded. certificate: in its place, for X.509: the
-    files (PEM) of the certificate and of its key, and the key's password if it has one, or an ssl.SSLContext
-    that presents it and knows whom to trust; files that are replaced count from the next connection on.
-    gateway: the name to dial instead of host.
-    policy: the name of the hub's policy whose key it is. Options, times in seconds:
-
-    port: used where host has none; 8883, or 1883 with tls=False. ca_file: PEM file to trust instead of the
-    system's store. tls: False for plaintext, which only a local hub speaks. keep_alive: 1 to 1177. timeout:
-    the longest wait of a blocking call; a request to the hub is given up and asked again after a third of
-    it. product_info: told to the hub as DeviceClientType. model_id: the DTMI of IoT Plug and Play.
-    token_lifetime: of the SAS token; it is replaced after four fifths.
-
-    store: a file in which the client goes on where an earlier run with this identity stopped, by power cut or
-    not. `desired` is known before there is a connection, and the first patch is the difference to it. A
-    report that was accepted is in the file before report() returns, and delivered by a later run if this one
-    cannot; a call of the on_desired handlers is in it after they returned, so that one cut short is made
-    again. The file is this client's until close(); LocalError if another client uses it, its folder cannot
-    be written, or it is another identity's. Damaged, it is set aside, and on_error gets a StoreError; so it
-    does, once, when the file cannot be written. Until it can be again, a restart goes back to what it holds.
+class TwinClient(Shell):
+    """One device's or module's twin; `help(TwinClient.__init__)` tells the options.
 
     Handlers run one at a time and in order, in a thread of their own, and may call every method. An
     exception in one goes to the on_error handlers and stops nothing.
     """
 
-    def __init__(
-        self,
-        host: str,
-        device_id: str,
-        *,
-        module_id: str | None = None,
-        key: str | bytes | None = None,
-        certificate: tls_files.Certificate | None = None,
-        gateway: str | None = None,
-        policy: str | None = None,
-        port: int = _MQTTS_PORT,
-        ca_file: str | os.PathLike[str] | None = None,
-        tls: bool = True,
-        keep_alive: int = 60,
-        timeout: float = 60,
-        product_info: str = "",
-        model_id: str | None = None,
-        token_lifetime: float = 3600,
-        store: str | os.PathLike[str] | None = None,
-    ) -> None:
-        if not 1 <= keep_alive <= _MAX_KEEP_ALIVE:
-            raise LocalError(f"keep_alive is from 1 to {_MAX_KEEP_ALIVE} seconds, not {keep_alive}")
-        if not timeout > 0:
-            raise LocalError(f"timeout is a positive number of seconds, not {timeout}")
-        if not token_lifetime > 0:
-            raise LocalError(f"token_lifetime is a positive number of seconds, not {token_lifetime}")
-        if not 0 < port < 65536:
-            raise LocalError(f"port is from 1 to 65535, not {port}")
-        if (key is None) is (certificate is None):
-            raise LocalError("give the identity's key or its certificate: certificate=(file, key file)")
-        if certificate is not None and not tls:
-            raise LocalError("a certificate needs tls")
-        if isinstance(certificate, ssl.SSLContext) and ca_file is not None:
-            raise LocalError("ca_file: the context that is given as certificate says whom to trust")
-        key = decode_key(key) if isinstance(key, str) else key
-        credentials = Credentials(host, device_id, module_id, key, gateway, policy=policy)
-        self._credentials = credentials
-        self._host = credentials.dialled
-        if port != _MQTTS_PORT:
-            self._port = port
-        else:
-            self._port = credentials.port or (_MQTTS_PORT if tls else _MQTT_PORT)
-        self._where = f"{self._host}:{self._port}"
-        self._ca_file = ca_file
-        self._certificate = certificate
-        self._tls = tls
-        self._timeout = float(timeout)
-        self._keep_alive = int(keep_alive)
-        self._user_name = credentials.user_name(product_info or f"twin-device/{__version__}", model_id)
-        self._token_lifetime = float(token_lifetime)
-        self._context: ssl.SSLContext | None = None
+    _log = _log
+    _store: "Store | None" = None
 
-        self._on_desired: list[Callable[[Document, Document], object]] = []
-        self._on_state: list[Callable[[str, str], object]] = []
-        self._on_error: list[Callable[[Exception], object]] = []
-        self._appliers: dict[str, Callable[[Any], object]] = {}
-
+    def _set_up(self) -> None:
         # Holds something if the dispatcher is to look at the events.
         self._ready: SimpleQueue[None] = SimpleQueue()
-        self._store: Store | None = None
-        kept = None if store is None else self._open_store(store)
-        self._twin = twin.Twin(
-            timeout=max(1, int(self._timeout * 1000 / 3)),
-            request_id=random.randrange(1 << 16) << 16,
-            desired=kept and kept.desired,
-            reported=kept and kept.reported,
-            reports=kept and kept.reports,
-        )
         # What the handlers were last given whole.
         self._given: Document = self._twin.desired
         self._events = Pending(self._given, self._ready)
         if self._store is not None and self._store.error is not None:
-            self._events.put(twin.Failed(self._store.error))
+            self._put(twin.Failed(self._store.error))
         # What goes to the store in place of the core's queue, once that was given up at close.
         self._left: list[Any] | None = None
         self._store_failed = False
-        self._settings = settings.Settings(self._twin)
         self._reports: dict[int, Report] = {}
         self._retrieves: dict[int, _Retrieve] = {}
-        self._refused: ConnectRefused | None = None
-        # How many connect() calls wait: what they raise is not told to the error handlers, too.
-        self._waiting = 0
-        self._closed = False
         self._lock = threading.RLock()
         # Notified at every change of state, refusal, and end of a report.
         self._changed = threading.Condition(self._lock)
         self._network: _Network | None = None
         self._dispatcher: threading.Thread | None = None
 
-    def __repr__(self) -> str:
-        return f"<TwinClient {self._credentials.client_id} at {self._where}, {self.state}>"
-
-    @classmethod
-    def from_connection_string(cls, text: str, **options: Any) -> "TwinClient":
-        """The client of a device's or module's connection string. options: as of TwinClient.
-
-        Raises LocalError that names the malformed part, never its value.
-        """
-        fields: dict[str, Any] = connection_string_fields(text)
-        return cls(**fields, **options)
-
-    # ------------------------------------------------------------------ what the app knows
-
-    @property
-    def state(self) -> str:
-        """ "offline", "subscribing", "retrieving" or "synchronised" (connected, subscribed and retrieved)."""
-        return self._twin.state
-
-    @property
-    def desired(self) -> Document:
-        """The desired properties as last known, in a copy of the caller's own."""
-        desired: Document = _copied(self._twin.desired)
-        return desired
-
-    @property
-    def reported(self) -> Document:
-        """The reported properties that the hub is known to hold, in a copy of the caller's own."""
-        reported: Document = _copied(self._twin.reported or {})
-        return reported
-
-    @property
-    def desired_version(self) -> int | None:
-        """`$version` of `desired`; None before the first synchronisation."""
-        return self._twin.desired_version
-
-    @property
-    def reported_version(self) -> int | None:
-        """`$version` of `reported`; None before the first synchronisation. Good for report(version=...)."""
-        return self._twin.reported_version
-
-    @property
-    def statistics(self) -> dict[str, Any]:
-        """Counts since the client was made: connects, retrieves, notifications (applied), stale (discarded),
-        gaps, reports (patches sent), coalesced (reports that needed none of their own), rejected, throttled,
-        ignored (answers nobody waited for); and last_error (str or None)."""
-        with self._lock:
-            return dict(self._twin.statistics)
-
-    # ------------------------------------------------------------------ handlers
-
-    def on_desired(self, handler: _Handler) -> _Handler:
-        """Have handler(patch, desired) called at every change of the desired properties.
-
-        patch: a JSON merge patch from what the handlers were given before; after a (re)connect it is the
-        whole difference in one. desired: the properties after it. Both are the handler's own copies.
-        """
-        self._on_desired.append(handler)
-        return handler
-
-    def on_state(self, handler: _Handler) -> _Handler:
-        """Have handler(old, new) called at every change of `state`."""
-        self._on_state.append(handler)
-        return handler
-
-    def on_error(self, handler: _Handler) -> _Handler:
-        """Have handler(error) called for errors that belong to no call of the app: refused credentials, a hub
-        that breaks its protocol, a refused report that nobody waited for, an exception in another handler."""
-        self._on_error.append(handler)
-        return handler
-
-    def setting(self, name: str, *, shape: str = "document") -> Callable[[_Handler], _Handler]:
-        """Make a desired property a setting: the desired-state pattern.
-
-        The decorated function is called with a new desired value and applies it, or raises to refuse it. The
-        client reports the value as pending before, and success or failure with the exception's text after.
-        A value that is reported as applied already is not applied again; one that is not is tried again
-        after every reconnect. Of values that arrive meanwhile only the newest is applied. A desired value
-        that is removed changes nothing.
-
-        shape: "document" (`status` Pending, Success, Failed; `pendingConfig`; `reason`) or "pnp" (`value`,
-        `ac`, `av`, `ad`). name: "component.property" for a property of a Plug and Play component.
-        """
-
-        def declare(apply: _Handler) -> _Handler:
-            with self._lock:
-                self._settings.declare(name, shape)
-                self._appliers[name] = apply
-                self._perform(self._settings.declared(name, _now()))
-            return apply
-
-        return declare
+    def _notify(self) -> None:
+        self._changed.notify_all()
 
     # ------------------------------------------------------------------ connecting
 
@@ -530,10 +342,7 @@ class TwinClient:
         ca_file.
         """
         deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
-        if self._tls:
-            # Files that cannot be right are the caller's; that a certificate has expired the dial tells.
-            with contextlib.suppress(ConnectRefused):
-                self._context = tls_files.context(self._ca_file, self._certificate)
+        self._load_tls()
         with self._lock:
             if self._closed:
                 raise NotConnected("this client is closed; make a new one")
@@ -548,15 +357,14 @@ class TwinClient:
 
     def _start(self) -> "_Network":
         self._refused = None
-        if not self._tls and not _is_loopback(self._host):
-            _log.warning("%s: plaintext to %s: anybody on the way can read and change it", self, self._host)
+        self._warn_of_plaintext()
         network = self._network = _Network(self)
         if self._dispatcher is None:
             name = f"twin-dispatcher-{self._credentials.client_id}"
             self._dispatcher = threading.Thread(target=self._dispatch, name=name, daemon=True)
             self._dispatcher.start()
         network.start()
-        self._perform(self._twin.start(_now()))
+        self._perform(self._twin.start(clock()))
         return network
 
     def _await_synchronised(self, network: "_Network", deadline: float) -> None:
@@ -569,8 +377,7 @@ class TwinClient:
                     if self._network is not network:
                         raise NotConnected("the client was disconnected while it connected")
                     if not self._changed.wait(max(0.0, deadline - time.monotonic())):
-                        why = self._twin.statistics["last_error"] or f"it is still {self._twin.state}"
-                        raise ConnectRefused(f"not synchronised with {self._where} in time: {why}")
+                        raise self._not_in_time()
             finally:
                 self._waiting -= 1
 
@@ -606,7 +413,7 @@ class TwinClient:
         """Disconnect for good. While synchronised, first waits up to 5 seconds for reports on their way;
         those that stay unanswered, and every other call that waits, end in NotConnected. With a store, the
         next run delivers them all the same."""
-        deadline = time.monotonic() + min(self._timeout, _FLUSH)
+        deadline = time.monotonic() + min(self._timeout, FLUSH)
         with self._lock:
             self._flush()
             while self._twin.outstanding and self._twin.state != twin.OFFLINE:
@@ -694,7 +501,7 @@ class TwinClient:
                 raise NotConnected("this client is closed; make a new one")
             if wait and self._network is None:
                 raise NotConnected("not connected: call connect() first, or report with wait=False")
-            ticket, outputs = self._twin.report(patch, _now(), version, always, 0 if wait else _GATHER)
+            ticket, outputs = self._twin.report(patch, clock(), version, always, 0 if wait else _GATHER)
             report = self._reports.get(ticket)
             if report is None:
                 report = self._reports[ticket] = Report(self._timeout, self._flush)
@@ -706,7 +513,7 @@ class TwinClient:
 
     def _flush(self) -> None:
         with self._lock:
-            self._perform(self._twin.flush(_now()))
+            self._perform(self._twin.flush(clock()))
 
     def retrieve(self, timeout: float | None = None) -> Document:
         """Ask the hub for the twin now: {"desired": ..., "reported": ...}, without `$` keys.
@@ -718,7 +525,7 @@ class TwinClient:
         with self._lock:
             if self._network is None:
                 raise NotConnected("not connected: call connect() first")
-            ticket, outputs = self._twin.retrieve(_now())
+            ticket, outputs = self._twin.retrieve(clock())
             retrieve = self._retrieves[ticket] = _Retrieve()
             self._perform(outputs)
         if not retrieve.ended.wait(timeout):
@@ -735,7 +542,7 @@ class TwinClient:
         """Perform the core's outputs in their order. The lock is held."""
         network = network or self._network
         if self._appliers:
-            outputs = outputs + self._settings.observe(outputs, _now())
+            outputs = outputs + self._settings.observe(outputs, clock())
         for output in outputs:
             kind = type(output)
             if kind is twin.DesiredChanged:
@@ -750,17 +557,8 @@ class TwinClient:
                     retrieve.twin, retrieve.error = output.twin, output.error
                     retrieve.ended.set()
             elif kind is twin.StateChanged:
-                final = output.new in (twin.OFFLINE, twin.SYNCHRONISED)
-                _log.log(
-                    logging.INFO if final else logging.DEBUG,
-                    "%s is %s",
-                    self._credentials.client_id,
-                    output.new,
-                )
-                if output.new == twin.SYNCHRONISED:
-                    self._refused = None
-                self._changed.notify_all()
-                self._events.put(output)
+                self._state_changed(output)
+                self._put(output)
             elif kind is twin.Failed:
                 self._failed(output.error)
             elif kind is settings.Apply:
@@ -786,14 +584,6 @@ class TwinClient:
             # What was refused, or went alone, is not to come again: the dispatcher looks at the store after
             # every event.
             self._events.put(output)
-
-    def _failed(self, error: Exception) -> None:
-        if isinstance(error, ConnectRefused) and not error.can_retry:
-            self._refused = error
-            self._changed.notify_all()
-            if self._waiting:
-                return
-        self._events.put(twin.Failed(error))
 
     # ------------------------------------------------------------------ the store
 
@@ -852,7 +642,7 @@ class TwinClient:
             if kind is twin.DesiredChanged:
                 for on_desired in self._on_desired if event.patch else ():
                     try:
-                        on_desired(*_copied((event.patch, event.desired)))
+                        on_desired(*copied((event.patch, event.desired)))
                     except Exception as error:  # noqa: BLE001  # whatever an app raises goes to its error handlers
                         self._tell_error(error)
                 self._given = event.desired
@@ -877,13 +667,10 @@ class TwinClient:
             reason = str(error) or type(error).__name__
             self._tell_error(error)
         with self._lock:
-            self._perform(self._settings.applied(name, reason, _now()))
+            self._perform(self._settings.applied(name, reason, clock()))
 
     def _tell_error(self, error: Exception) -> None:
-        if not self._on_error:
-            _log.error(
-                "%s: %s", self._credentials.client_id, error, exc_info=not isinstance(error, TwinError)
-            )
+        self._log_unheard(error)
         for on_error in self._on_error:
             try:
                 on_error(error)
@@ -939,7 +726,7 @@ class _Network(threading.Thread):
 
     def publish(self, topic: str, payload: bytes) -> None:
         if _log.isEnabledFor(logging.DEBUG):
-            _log.debug("%s -> %s %r", self._client._credentials.client_id, topic, payload[:_LOGGED])
+            _log.debug("%s -> %s %r", self._client._credentials.client_id, topic, payload[:LOGGED])
         stream: Any = self._mqtt.socket()
         if stream is not None and not self._mqtt.want_write():
             stream.publish(topic, payload)
@@ -1011,7 +798,7 @@ class _Network(threading.Thread):
         """Wait for the socket, a wake-up or the core's deadline, and serve what is there."""
         with self._lock:
             connected = self._watch()
-            now = _now()
+            now = clock()
             until = now + _LONG if connected is None else now + self._client._keep_alive * 125
             deadline = self._twin.deadline
             if deadline is not None:
@@ -1030,7 +817,7 @@ class _Network(threading.Thread):
         if self._more:
             self._read()
         with self._lock:
-            now = _now()
+            now = clock()
             stream: Any = self._mqtt.socket()
             if stream is not None and not self._hang_up_wanted:
                 if stream.rest:
@@ -1098,16 +885,16 @@ class _Network(threading.Thread):
                         raise _Broken("messages without reading their answers")
                     elif self._check(self._mqtt.loop_read()):
                         return
-                    if self._idle > _MAX_IDLE:
+                    if self._idle > MAX_IDLE:
                         self._look_at_idle()
                 except _Broken as error:
                     self._lose(RemoteError(f"the connection was lost: the hub sent {error}"), True)
                     return
 
     def _look_at_idle(self) -> None:
-        now = _now()
-        if now - self._idle_since < _IDLE_TIME:
-            raise _Broken(f"{_MAX_IDLE} packets in a row that mean nothing")
+        now = clock()
+        if now - self._idle_since < IDLE_TIME:
+            raise _Broken(f"{MAX_IDLE} packets in a row that mean nothing")
         self._idle, self._idle_since = 0, now
 
     def _published(self, body: bytes) -> None:
@@ -1137,7 +924,7 @@ class _Network(threading.Thread):
             if tell:
                 self._client._events.put(twin.Failed(error))
             self._close_socket()
-            self._client._perform(self._twin.disconnected(_now(), random.random(), error))
+            self._client._perform(self._twin.disconnected(clock(), random.random(), error))
 
     def _unwatch(self) -> None:
         if self._watched is not None:
@@ -1165,20 +952,11 @@ class _Network(threading.Thread):
         client = self._client
         where = client._where
         try:
-            check_clock(int(time.time()), time.strftime("%Y-%m-%d", time.gmtime()))
-            if client._tls:
-                # Anew each time: files that were replaced, as certificates are, count from the next dial on.
-                client._context = tls_files.context(client._ca_file, client._certificate)
-        except LocalError as error:
-            self._lose(ConnectRefused(f"cannot connect to {where}: {error}", False))
-            return
+            client._before_dial()
         except ConnectRefused as error:
             self._lose(error)
             return
-        # Whole seconds, and never fewer than the lifetime after which the core renews it.
-        expiry = math.ceil(time.time() + client._token_lifetime)
-        password = client._credentials.password(expiry) if client._certificate is None else None
-        self._mqtt.username_pw_set(client._user_name, password)
+        self._mqtt.username_pw_set(client._user_name, client._password())
         _log.debug("%s: connecting to %s", client._credentials.client_id, where)
         try:
             self._mqtt.reconnect()
@@ -1265,11 +1043,9 @@ class _Network(threading.Thread):
             if self._hang_up_wanted:
                 return
             code = _RETURN_CODES.get(reason_code.value, 1)
-            now, jitter = _now(), random.random()
+            now, jitter = clock(), random.random()
             if code == 0:
-                certified = self._client._certificate is not None
-                lifetime = None if certified else int(self._client._token_lifetime * 1000)
-                self._client._perform(self._twin.connected(now, jitter, lifetime))
+                self._client._perform(self._twin.connected(now, jitter, self._client._lifetime()))
             else:
                 self._client._perform(self._twin.refused(code, now, jitter))
 
@@ -1277,7 +1053,7 @@ class _Network(threading.Thread):
         with self._lock:
             if not self._hang_up_wanted:
                 granted = tuple(code.value for code in codes)
-                self._client._perform(self._twin.subscribed(granted, _now(), random.random()))
+                self._client._perform(self._twin.subscribed(granted, clock(), random.random()))
 
     def _on_qos1_message(self, _client: Any, _userdata: Any, message: Any) -> None:
         # At QoS 1: a session of an earlier program may have subscribed so.
@@ -1289,8 +1065,8 @@ class _Network(threading.Thread):
 
     def _on_message(self, topic: str, payload: bytes) -> None:
         if _log.isEnabledFor(logging.DEBUG):
-            _log.debug("%s <- %s %r", self._client._credentials.client_id, topic, payload[:_LOGGED])
-        outputs = self._twin.message_received(topic, payload, _now(), random.random())
+            _log.debug("%s <- %s %r", self._client._credentials.client_id, topic, payload[:LOGGED])
+        outputs = self._twin.message_received(topic, payload, clock(), random.random())
         self._client._perform(outputs)
         for output in outputs:
             if type(output) is not twin.Failed:
@@ -1298,24 +1074,11 @@ class _Network(threading.Thread):
                 break
         # Patches that are small enough may still add up to a document that is not.
         self._heard += len(payload)
-        if self._heard > _MAX_PACKET:
+        if self._heard > MAX_PACKET:
             self._heard = len(dumps(self._twin.desired))
-            if self._heard > _MAX_PACKET:
+            if self._heard > MAX_PACKET:
                 raise _Broken(f"desired properties of {self._heard} bytes")
 
 
 def _told(error: OSError) -> str:
     return error.strerror or str(error)
-
-
-def _now() -> int:
-    return time.monotonic_ns() // 1_000_000
-
-
-def _copied(document: Any) -> Any:
-    # The fastest deep copy of JSON that CPython has.
-    return marshal.loads(marshal.dumps(document))  # noqa: S302  # it reads what it has just written
-
-
-def _is_loopback(host: str) -> bool:
-    return host == "localhost" or host == "::1" or host.startswith("127.")

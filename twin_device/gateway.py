@@ -153,10 +153,11 @@ class TwinGateway:
         device_id = from_connection_string(connection_string).client_id
         if device_id in self._members:
             raise LocalError(f"the gateway has {device_id} already")
-        options = {**self._options, **options, "pace": self._turn}
+        options = {**self._options, **options}
         if self._store is not None:
             options.setdefault("store", os.path.join(self._store, _file_name(device_id)))
         client = TwinClient.from_connection_string(connection_string, **options)
+        client._pace = self._turn
         member = _Member(device_id, client)
         client.on_state(partial(self._state_changed, member))
         client.on_desired(partial(self._desired_changed, member))
