@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any
 
 from .client import TwinClient
@@ -211,9 +212,11 @@ class _Story:
         for section in ("desired", "reported"):
             ours = twin[section]
             theirs = self.device.desired if section == "desired" else self.device.reported
-            print(f"\n   {section + ' at the hub':<44}{section} at the device")
-            for left, right in zip(_lines(theirs), _lines(ours), strict=False):
-                print(f"   {left:<44}{right}")
+            lines = [f"{section} at the hub", *_lines(theirs)], [f"{section} at the device", *_lines(ours)]
+            width = max(map(len, lines[0])) + 3
+            print()
+            for left, right in zip_longest(*lines, fillvalue=""):
+                print(f"   {left:<{width}}{right}")
             self.check(ours == theirs, f"{section}: equal")
         self.check(
             self.client.desired == self.device.desired and self.client.reported == self.device.reported,
