@@ -7,7 +7,8 @@ import socket
 import ssl
 import struct
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
@@ -260,3 +261,30 @@ def online(port: int | None, device_id: str = "dev", key: str = KEY, *filters: s
         wire.close()
         raise
     return wire
+
+
+@contextmanager
+def tls_in_pieces(port: int, context: ssl.SSLContext, size: int) -> Iterator[Callable[..., bytes | None]]:
+    """TLS by hand, in packets of so many bytes, so that its records are cut as well.
+
+    Gives do(step, *arguments), which calls a method of ssl.SSLObject, and waits for what it needs.
+    """
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = context.wrap_bio(incoming, outgoing, server_hostname="localhost")
+    with socket.create_connection(("127.0.0.1", port), PATIENCE) as raw:
+        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+        def do(step: str, *arguments: Any) -> bytes | None:
+            while True:
+                try:
+                    result: bytes | None = getattr(tls, step)(*arguments)
+                except ssl.SSLWantReadError:
+                    result = b""
+                data = outgoing.read()
+                for at in range(0, len(data), size):
+                    raw.sendall(data[at : at + size])
+                if result != b"":
+                    return result
+                incoming.write(raw.recv(65536))
+
+        yield do

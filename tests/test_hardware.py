@@ -37,16 +37,23 @@ def run(program: str, folder: Path, configuration: Any = CONFIGURATION) -> "subp
     if configuration is not None:
         text = configuration if isinstance(configuration, str) else json.dumps(configuration)
         (folder / "config.json").write_text(text)
-    (folder / "program.py").write_text(program)
     fakes = ROOT / "tests" / "fakes"
-    path = os.pathsep.join([str(fakes), str(fakes / "app"), str(HARDWARE / "boards"), ".frozen"])
+    return run_with(program, folder, fakes, fakes / "app")
+
+
+def run_with(program: str, folder: Path, *modules: Path) -> "subprocess.CompletedProcess[str]":
+    """A program on MicroPython, with the modules of these folders and hardware/boards."""
+    (folder / "program.py").write_text(program)
     return subprocess.run(
         [micropython(), "program.py"],
         capture_output=True,
         text=True,
         timeout=60,
         cwd=folder,
-        env={**os.environ, "MICROPYPATH": path},
+        env={
+            **os.environ,
+            "MICROPYPATH": os.pathsep.join(map(str, (*modules, HARDWARE / "boards", ".frozen"))),
+        },
     )
 
 
@@ -344,16 +351,7 @@ def self_test(hub: LocalHub, folder: Path, connection_string: str, program: str)
         (folder / "root.der").write_bytes(ssl.PEM_cert_to_DER_cert(Path(hub.ca_file).read_text()))
     config = {"connectionString": connection_string, "caFile": ["root.der"]}
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "program.py").write_text(program)
-    path = os.pathsep.join(map(str, (package, HARDWARE / "boards", ".frozen")))
-    done = subprocess.run(
-        [micropython(), "program.py"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=folder,
-        env={**os.environ, "MICROPYPATH": path},
-    )
+    done = run_with(program, folder, package)
     assert done.stderr == ""
     lines = done.stdout.splitlines()[1:]
     return done.returncode, [

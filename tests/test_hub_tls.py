@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.hub_wire import GET, KEY, REPORT, RES, Wire, connect, online, token, user
+from tests.hub_wire import GET, KEY, REPORT, RES, Wire, connect, online, tls_in_pieces, token, user
 from tests.waiting import PATIENCE, wait_until
 from twin_device.hub import LocalHub
 
@@ -49,28 +49,11 @@ def test_a_goodbye_of_the_device_ends_its_connection(hub: LocalHub) -> None:
 
 
 def test_bytes_may_come_one_by_one(hub: LocalHub) -> None:
-    # TLS by hand, so that a record is cut as well.
     context = ssl.create_default_context(cafile=hub.ca_file)
-    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-    tls = context.wrap_bio(incoming, outgoing, server_hostname="localhost")
-    with socket.create_connection(("127.0.0.1", hub.mqtts_port or 0), PATIENCE) as raw:
-        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-        def done(step: str, *arguments: int) -> bytes | None:
-            while True:
-                try:
-                    result: bytes | None = getattr(tls, step)(*arguments)
-                except ssl.SSLWantReadError:
-                    result = b""
-                for byte in outgoing.read():
-                    raw.sendall(bytes((byte,)))
-                if result != b"":
-                    return result
-                incoming.write(raw.recv(65536))
-
-        done("do_handshake")
-        tls.write(connect("dev", user(), token()))
-        assert done("read", 100) == b"\x20\2\0\0"
+    with tls_in_pieces(hub.mqtts_port or 0, context, 1) as do:
+        do("do_handshake")
+        do("write", connect("dev", user(), token()))
+        assert do("read", 100) == b"\x20\2\0\0"
 
 
 def test_large_packets_both_ways(hub: LocalHub) -> None:

@@ -31,6 +31,7 @@ from tests.hub_wire import (
     Closed,
     Wire,
     connect,
+    tls_in_pieces,
     token,
     user,
 )
@@ -458,28 +459,11 @@ def test_the_newer_connection_wins_and_patience_has_no_end(hub: LocalHub, certif
 
 
 def test_a_handshake_may_come_in_pieces(hub: LocalHub, certificates: Certificates) -> None:
-    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     context = client_context(hub, certificates["signed by one between"])
-    tls = context.wrap_bio(incoming, outgoing, server_hostname="localhost")
-    with socket.create_connection(("127.0.0.1", hub.mqtts_port or 0), PATIENCE) as raw:
-        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-        def done(step: str, *arguments: int) -> bytes | None:
-            while True:
-                try:
-                    result: bytes | None = getattr(tls, step)(*arguments)
-                except ssl.SSLWantReadError:
-                    result = b""
-                data = outgoing.read()
-                for at in range(0, len(data), 7):
-                    raw.sendall(data[at : at + 7])
-                if result != b"":
-                    return result
-                incoming.write(raw.recv(65536))
-
-        done("do_handshake")
-        tls.write(connect("signed", user("signed")))
-        assert done("read", 100) == b"\x20\2\0\0"
+    with tls_in_pieces(hub.mqtts_port or 0, context, 7) as do:
+        do("do_handshake")
+        do("write", connect("signed", user("signed")))
+        assert do("read", 100) == b"\x20\2\0\0"
 
 
 GOODBYE = b"\x15\3\3\0\2\1\0"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.merge_patch import merged
 from tests.reporter import REPORTS, patch_of
 from tests.waiting import PATIENCE
 from twin_device import TwinClient
@@ -34,19 +35,6 @@ def hanging_up(hub: LocalHub) -> None:
 
 def away(hub: LocalHub) -> None:
     hub.stop_listening()
-
-
-def merged(document: Any, patch: Any) -> Any:
-    """RFC 7396, written here once more: a mistake of the client must not pass as right."""
-    if not isinstance(patch, dict):
-        return patch
-    found = dict(document) if isinstance(document, dict) else {}
-    for key, value in patch.items():
-        if value is None:
-            found.pop(key, None)
-        else:
-            found[key] = merged(found.get(key), value)
-    return found
 
 
 def after(reports: int) -> Any:

@@ -37,6 +37,7 @@ from tests.chaos.hub import KEY
 from tests.chaos.plan import Action, Subject
 from tests.chaos.proxy import Proxy
 from tests.chaos.shells import SHELLS, Shell, available
+from tests.merge_patch import merged
 from tests.players.player import OrderFailed, Player
 
 Document = dict[str, Any]
@@ -53,19 +54,6 @@ _ENDS_WITHIN = 60.0
 
 class Broken(Exception):
     """The run itself cannot go on."""
-
-
-def merged(document: Any, patch: Any) -> Any:
-    """RFC 7396, written here once more: a mistake of the client must not pass as right."""
-    if not isinstance(patch, dict):
-        return patch
-    found = dict(document) if isinstance(document, dict) else {}
-    for key, value in patch.items():
-        if value is None:
-            found.pop(key, None)
-        else:
-            found[key] = merged(found.get(key), value)
-    return found
 
 
 # ---------------------------------------------------------------------- one device

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.merge_patch import merged
 from tests.players.player import OrderFailed, Player, ours
 from twin_device.hub import Device, LocalHub
 
@@ -100,7 +101,7 @@ class Stage:
         """The desired properties as the app knows them: what it retrieved, and every patch since."""
         document = self._base
         for patch in self.patches():
-            document = _merged(document, patch)
+            document = merged(document, patch)
         return document
 
     def numbers(self) -> list[Any]:
@@ -129,19 +130,6 @@ class Stage:
                 return [one["text"] for one in self.events if one["event"] == kind]
 
         return None if self.until(texts, within) is None else texts()[0]
-
-
-def _merged(document: Any, patch: Any) -> Any:
-    """RFC 7396, written here once more: a mistake of the client must not pass as right."""
-    if not isinstance(patch, dict):
-        return patch
-    merged = dict(document) if isinstance(document, dict) else {}
-    for key, value in patch.items():
-        if value is None:
-            merged.pop(key, None)
-        else:
-            merged[key] = _merged(merged.get(key), value)
-    return merged
 
 
 def _without_dollars(document: Document) -> Document:

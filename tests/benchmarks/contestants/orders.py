@@ -91,6 +91,20 @@ class Seen:
         return {"times": list(self._times.items()), "cpu": time.process_time() - self._cpu}
 
 
+class Listening:
+    """The orders to tell which desired patches have come, for contestants with threads."""
+
+    def __init__(self):
+        self.seen = Seen()
+
+    def listen(self):
+        self.seen.clear()
+
+    def desired(self, count):
+        until(lambda: len(self.seen) >= count, "desired patches")
+        return self.seen.told()
+
+
 def until(condition, what):
     """Wait for a condition that other threads make true."""
     end = time.monotonic() + SOON

@@ -3,14 +3,14 @@
 import threading
 
 from byhand import Device, context
-from orders import SOON, Seen, Stopwatch, obey, until
+from orders import SOON, Listening, Stopwatch, obey
 
 
-class Orders:
+class Orders(Listening):
     def __init__(self):
+        super().__init__()
         self.device = None
         self.context = None
-        self.seen = Seen()
 
     def connect(self, string):
         watch = Stopwatch()
@@ -46,13 +46,6 @@ class Orders:
             if not one.wait(SOON):
                 raise TimeoutError("an answer")
         return watch.stop(patches=count)
-
-    def listen(self):
-        self.seen.clear()
-
-    def desired(self, count):
-        until(lambda: len(self.seen) >= count, "desired patches")
-        return self.seen.told()
 
 
 obey(Orders())

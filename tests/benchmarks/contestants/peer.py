@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import paho.mqtt.client
 from azure.iot.device import IoTHubDeviceClient
-from orders import Seen, Stopwatch, obey, until
+from orders import Listening, Stopwatch, obey, until
 
 
 class Port:
@@ -30,15 +30,15 @@ class Port:
         return f"{name};{rest}"
 
 
-class Orders:
+class Orders(Listening):
     def __init__(self):
+        super().__init__()
         self.port = Port()
         self.client = None
         self.clients = []
         self.connects = {}
         self.neighbour = None
         self._dialling = None
-        self.seen = Seen()
         # Fifty calls at once need fifty threads; they are there before the time begins.
         self._pool = None
 
@@ -83,13 +83,6 @@ class Orders:
         watch = Stopwatch()
         list(self._pool.map(lambda number: report({"uptime": base + number}), range(count)))
         return watch.stop(patches=count)
-
-    def listen(self):
-        self.seen.clear()
-
-    def desired(self, count):
-        until(lambda: len(self.seen) >= count, "desired patches")
-        return self.seen.told()
 
     def fleet(self, strings):
         # Its connect() blocks: eight callers, as a gateway would have.

@@ -2,16 +2,16 @@
 
 import time
 
-from orders import Seen, Stopwatch, obey, until
+from orders import Listening, Stopwatch, obey, until
 
 from twin_device import TwinClient
 
 
-class Orders:
+class Orders(Listening):
     def __init__(self):
+        super().__init__()
         self.client = None
         self.clients = []
-        self.seen = Seen()
 
     def connect(self, string):
         """Connect one client; it is synchronised at the end of the time."""
@@ -40,13 +40,6 @@ class Orders:
             report.wait()
         found = watch.stop()
         return {**found, "patches": self.client.statistics["reports"] - sent}
-
-    def listen(self):
-        self.seen.clear()
-
-    def desired(self, count):
-        until(lambda: len(self.seen) >= count, "desired patches")
-        return self.seen.told()
 
     def fleet(self, strings):
         watch = Stopwatch()
