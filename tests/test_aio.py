@@ -657,6 +657,7 @@ def test_run_forever_ends_when_the_client_is_closed(make: MakeClient, device: De
         await asyncio.sleep(0)
         await client.close()
         await soon(running)
+        await soon(client.run_forever())
         assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == previous
 
     run(test())

@@ -533,6 +533,13 @@ def test_run_forever_ends_when_the_client_is_closed(app: App) -> None:
     assert not ended.is_alive()
 
 
+def test_run_forever_is_over_if_a_handler_has_closed_the_client(device: Device, app: App) -> None:
+    app.client.on_desired(lambda patch, desired: app.client.close())
+    device.patch_desired({"n": 1})
+    wait_until(lambda: app.client._closed, "the handler closes it")
+    app.client.run_forever()
+
+
 # ---------------------------------------------------------------------- refused, and nobody there
 
 

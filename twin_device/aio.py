@@ -384,11 +384,17 @@ class TwinClient(Shell):
     async def run_forever(self) -> None:
         """Connect if need be, and return once the client is closed, or at SIGINT or SIGTERM (which close it).
 
-        Signals are caught only in the main thread, and told to every client that runs forever in the loop;
-        their handlers are put back. Cancelled, it leaves the client as it is.
+        At once if it is closed already, as a handler may have done. Signals are caught only in the main
+        thread, and told to every client that runs forever in the loop; their handlers are put back.
+        Cancelled, it leaves the client as it is.
         """
-        if self._loop is None:
-            await self.connect()
+        try:
+            if self._loop is None:
+                await self.connect()
+        except NotConnected:
+            if self._closed:
+                return
+            raise
         signals = _signals.setdefault(asyncio.get_running_loop(), _Signals())
         self._stopping = False
         signals.add(self)

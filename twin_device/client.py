@@ -449,13 +449,19 @@ class TwinClient(Shell):
     def run_forever(self) -> None:
         """Connect if need be, and return once the client is closed, or at SIGINT or SIGTERM (which close it).
 
-        Signals are caught only in the main thread; their handlers are put back.
+        At once if it is closed already, as a handler may have done. Signals are caught only in the main
+        thread; their handlers are put back.
         """
         # Its constants take a while to be made, and only this needs them.
         import signal
 
-        if self._network is None:
-            self.connect()
+        try:
+            if self._network is None:
+                self.connect()
+        except NotConnected:
+            if self._closed:
+                return
+            raise
         previous: dict[signal.Signals, Any] = {}
         stopping = threading.Event()
         if threading.current_thread() is threading.main_thread():

@@ -331,9 +331,11 @@ class TwinGateway:
     async def run_forever(self) -> None:
         """Start if need be, and return once the gateway is closed, or at SIGINT or SIGTERM (which close it).
 
-        Signals are caught only in the main thread; their handlers are put back. Cancelled, it leaves the
-        gateway as it is.
+        At once if it is closed already, as a handler may have done. Signals are caught only in the main
+        thread; their handlers are put back. Cancelled, it leaves the gateway as it is.
         """
+        if self._closed:
+            return
         await self.start()
         signals = _signals.setdefault(asyncio.get_running_loop(), _Signals())
         self._stopping = False
