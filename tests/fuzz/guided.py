@@ -3,15 +3,23 @@
 import sys
 import tempfile
 from pathlib import Path
+from types import FunctionType
 
 import atheris
 
-with atheris.instrument_imports(include=["twin_device.core", "twin_device.store", "twin_device.board_mqtt"]):
+with atheris.instrument_imports(include=["twin_device.core", "twin_device.store"]):
     import twin_device.core.credentials
     import twin_device.core.settings
     import twin_device.core.stream
     import twin_device.store  # noqa: F401  # imported here first, to be instrumented
+from tests.fuzz import targets
 from tests.fuzz.targets import TARGETS
+
+# The board's module is not imported by its name, which is what the above goes by.
+for _one in vars(targets._mqtt).values():
+    for _function in vars(_one).values() if isinstance(_one, type) else [_one]:
+        if isinstance(_function, FunctionType) and _function.__module__ == targets._mqtt.__name__:
+            atheris.instrument_func(_function)
 
 
 def main(arguments: list[str]) -> None:

@@ -90,9 +90,11 @@ def guided(name: str, seconds: float, seed: int) -> dict[str, Any]:
         if done.returncode and not broken:
             broken = [(_reason(text), b"")]
     numbers = {word: int(count) for word, count in re.findall(r"stat::(\w+):\s+(\d+)", text)}
-    covered = re.findall(r"cov: (\d+)", text)
+    edges = int(([0, *re.findall(r"cov: (\d+)", text)])[-1])
+    if not edges and not broken:
+        broken = [("no edge was seen: what it runs is not instrumented", b"")]
     return {
-        "engine": f"atheris, {covered[-1] if covered else 0} edges",
+        "engine": f"atheris, {edges} edges",
         "executions": numbers.get("number_of_executed_units", 0),
         "peak": numbers.get("peak_rss_mb", 0) << 20,
         "broken": broken,

@@ -73,6 +73,15 @@ def test_a_broken_promise_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         run.replay("topics", found["broken"][0][1])
 
 
+def test_atheris_sees_what_the_boards_packets_reach() -> None:
+    """The one target that is not imported by its name. A run names any that shows no edge."""
+    if not run.has_atheris():
+        pytest.skip("no atheris: the extra [fuzz] installs it on Linux")
+    found = run.guided("board packets", 1, 1)
+    assert found["broken"] == []
+    assert int(found["engine"].split()[1]) > 10
+
+
 def test_the_command_prints_its_table_last(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.fuzz.run", "--minutes", "0.005", "--target", "topics"],
