@@ -533,6 +533,18 @@ def test_an_output_that_is_stuck_holds_nothing_up(monkeypatch: pytest.MonkeyPatc
     assert stream.written.endswith("(2 lines were lost: nobody read them)\nframe 4")
 
 
+def test_the_screen_is_prepared_before_the_first_frame_however_late_that_is() -> None:
+    stream = Stuck()
+    stream.released.set()
+    output = service._Output(stream)  # type: ignore[arg-type]  # as above
+    output.first = "prepared, "
+    for n in range(3):
+        output.frame(f"frame {n}")
+    output.start()
+    output.end()
+    assert stream.written == "prepared, frame 2"
+
+
 # ---------------------------------------------------------------------- systemd
 
 

@@ -178,6 +178,8 @@ class _Output(threading.Thread):
         self._journal = systemd.is_journal(stream)
         self._lines: deque[str] = deque()
         self._frame: str | None = None
+        # What comes before all; a frame may be replaced before it is shown.
+        self.first = ""
         self._lost = 0
         self._wanted = threading.Event()
         self._ending = False
@@ -206,6 +208,8 @@ class _Output(threading.Thread):
 
     def run(self) -> None:
         try:
+            if self.first:
+                self._stream.write(self.first)
             while True:
                 self._wanted.wait()
                 self._wanted.clear()
@@ -361,14 +365,14 @@ class _Service:
         if not root.handlers:
             records = _Records(self.tell)
             root.addHandler(records)
-        if not self._is_table:
+        if self._is_table:
+            # The alternate screen, without a cursor.
+            self._output.first = "\x1b[?1049h\x1b[?25l"
+        else:
             self._gateway.on_desired(self._desired_changed)
             self._gateway.on_state(self._state_changed)
         self._output.start()
         try:
-            if self._is_table:
-                # The alternate screen, without a cursor.
-                self._output.frame("\x1b[?1049h\x1b[?25l")
             if setup is not None:
                 result = setup(self._gateway)
                 if inspect.isawaitable(result):
