@@ -90,7 +90,8 @@ def asked(served: LocalHub) -> Iterator[Backend]:
 def no_errors(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """The hub met no error of its own: it logs them, and answers with 500."""
     yield
-    assert [one for one in caplog.records if one.levelno >= logging.ERROR and one.name != "asyncio"] == []
+    records = caplog.get_records("call")
+    assert [one for one in records if one.levelno >= logging.ERROR and one.name != "asyncio"] == []
 
 
 def alive(hub: LocalHub) -> None:
@@ -153,6 +154,18 @@ def test_a_damaged_request(served: LocalHub, no_errors: None, changes: list[tupl
         answer = said(raw)
     assert b" 500 " not in answer.split(b"\r\n", 1)[0], answer
     assert b"of a" not in answer or answer.startswith(b"HTTP/1.1 200"), answer
+
+
+def test_a_request_that_cannot_be_read_is_logged_without_what_stands_in_it(
+    served: LocalHub, no_errors: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    with dial(served) as raw:
+        raw.sendall(REQUEST.replace(b"Authorization", b"Author\xb5ization") % token().encode())
+        assert b" 400 Bad Request" in said(raw)
+    assert "Error handling request from 127.0.0.1: " in caplog.text
+    # conftest.py would have found it, too.
+    assert "sig" not in caplog.text
 
 
 # ---------------------------------------------------------------------- any JSON

@@ -238,12 +238,13 @@ class LocalHub:
             return
         from aiohttp import web  # only here: a hub for devices alone does not need it
 
-        from .service import Service
+        from .service import RequestLog, Service
 
         service = Service(self._endpoint, self._jobs, self._guards)
         self._runner = web.AppRunner(
             service.application(),
             access_log=None,
+            logger=RequestLog(_log, None),
             shutdown_timeout=1.0,
             keepalive_timeout=_KEEP_ALIVE,
             lingering_time=_LINGER,

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from aiohttp import web
+from aiohttp.http import HttpProcessingError
 
 from . import query, twins
 from .console import Console
@@ -49,6 +50,18 @@ _WHICH = ("primary", "secondary")
 _STATUSES = ("enabled", "disabled")
 _AUTHENTICATION = ("sas", "selfSigned", "certificateAuthority", "none")
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class RequestLog(logging.LoggerAdapter):  # type: ignore[type-arg]  # it has one only from Python 3.11 on
+    """What aiohttp logs. Of a request that it cannot read it quotes a line, which may be that of a token."""
+
+    def log(self, level: int, msg: object, *args: object, **options: Any) -> None:
+        error = options.get("exc_info")
+        if isinstance(error, HttpProcessingError):
+            # The peer's mistake; it is told.
+            level, options["exc_info"] = logging.INFO, None
+            msg = f"{msg}: {type(error).__name__}"
+        super().log(level, msg, *args, **options)
 
 
 class Service:
