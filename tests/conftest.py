@@ -1,7 +1,8 @@
 """Fixtures that several test files need: a device on a local hub, and an app that is connected to it."""
 
-import logging
-import re
+import os
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from tests.app import App
 from tests.hub_backend import KEY, Backend
+from tests.leaks import leaks
 from tests.waiting import PATIENCE
 from twin_device import TwinClient
 from twin_device.hub import Device, LocalHub
@@ -21,42 +23,54 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group("interop" if fixed else item.path.name))
 
 
-# What looks like a key (32 bytes in base64), a token's signature, or a connection string's key.
-_SECRET = re.compile(
-    r"(?<![A-Za-z0-9+/])[A-Za-z0-9+/]{43}=|sig=[A-Za-z0-9%+/]{16}|SharedAccessKey=[^;\s.]{8}", re.IGNORECASE
-)
+# ---------------------------------------------------------------------- no key in what is logged or printed
 
 
-class _Watch(logging.Handler):
-    """Reads everything that the package logs, at DEBUG."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.DEBUG)
-        self.seen = 0
-        self.found: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.seen += 1
-        text = self.format(record)
-        if _SECRET.search(text):
-            self.found.append(f"{record.name}, {record.pathname}:{record.lineno}: {text[:500]}")
+def pytest_configure(config: pytest.Config) -> None:
+    # Who hands the tests out to other processes runs none itself.
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        folder = tempfile.TemporaryDirectory(prefix="leaks-")
+        config.add_cleanup(folder.cleanup)
+        leaks.watch(folder.name)
+        _read_what_tests_read()
 
 
-@pytest.fixture(scope="session")
-def watch() -> Iterator[_Watch]:
-    logger, watch = logging.getLogger("twin_device"), _Watch()
-    logger.addHandler(watch)
-    logger.setLevel(logging.DEBUG)
-    yield watch
-    logger.removeHandler(watch)
+def _read_what_tests_read() -> None:
+    """What capsys and capfd give a test is in no report of it."""
+    readouterr = pytest.CaptureFixture.readouterr
+
+    def read(self: "pytest.CaptureFixture[Any]") -> Any:
+        told = readouterr(self)
+        for name, text in told._asdict().items():
+            leaks.look(os.fsdecode(text), f"{name}, captured")
+        return told
+
+    pytest.CaptureFixture.readouterr = read  # type: ignore[method-assign]  # in place of it
 
 
 @pytest.fixture(autouse=True)
-def _no_secret_is_logged(watch: _Watch) -> Iterator[None]:
-    """No test may make the package log a key or a signature."""
+def _no_secret_is_told() -> Iterator[None]:
+    """No test may make anything log or print a key or a signature, here or in a process that it starts."""
     yield
-    found, watch.found = watch.found, []
-    assert found == []
+    assert leaks.found() == []
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """What was printed here, and by processes that have inherited this one's output, is in the report."""
+    report = yield
+    for name, text in report.sections if report.when == "teardown" and report.passed else ():
+        for line in filter(leaks.SECRET.search, text.splitlines()):
+            report.outcome = "failed"
+            report.longrepr = f"{item.nodeid}: {name}: {line[:500]}"
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A process may have outlived its test."""
+    if late := leaks.found():
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        sys.stderr.write("\n".join(["told after the last test:", *late, ""]))
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from tests.leaks import leaks
 from tests.test_cli import COMMAND, finish, run
 from tests.waiting import PATIENCE, wait_until
 from twin_device import LocalError, service, systemd
@@ -676,6 +677,8 @@ def test_lines_in_the_journal_have_a_priority_and_no_time(write_fleet: Any, opti
     assert "<6>dev-1 synchronised\n" in told
     assert [line for line in told if line.startswith("<3>dev-0: the hub refused the credentials")]
     assert all(re.match("<[346]>", line) for line in told)
+    # conftest.py reads only the pipes that it can see.
+    leaks.look("".join(told), "the journal")
 
 
 def test_each_line_of_a_text_has_its_priority() -> None:
