@@ -29,6 +29,7 @@ from tests.test_client import (  # noqa: F401  # pytest collects them here once 
     test_7_an_answered_report_that_went_alone_does_not_come_again,
     test_7_kill_9_during_many_reports_loses_none_that_was_accepted,
     test_7_no_secret_is_kept,
+    test_7_the_end_of_a_report_of_an_earlier_run_is_noticed,
     test_7_the_store_is_brought_in_only_where_it_is_asked_for,
     test_7_what_the_hub_refused_does_not_come_again,
     test_7_what_was_accepted_offline_is_delivered_by_the_next_run,

@@ -1001,6 +1001,31 @@ def test_7_an_answered_report_that_went_alone_does_not_come_again(
         wait_until(lambda: json.loads(path.read_bytes())["content"]["reports"] == [], "it to leave the store")
 
 
+def test_7_the_end_of_a_report_of_an_earlier_run_is_noticed(
+    local_hub: LocalHub, make_app: MakeApp, device: Device, tmp_path: Path
+) -> None:
+    path = store_in(tmp_path)
+    first = make_app(device, store=path)
+    first.client.report({"a": 1}, wait=False, version=1)
+    first.client.close()
+    local_hub.fault("answer_late", operation="report", times=2, seconds_late=0.3)
+    second = make_app(device, store=path)
+    second.client.connect()
+    wait_until(lambda: json.loads(path.read_bytes())["content"]["reports"] == [], "it to leave the store")
+    second.client.close()
+    other = store_in(tmp_path).with_name("other.json")
+    third = make_app(device, store=other)
+    third.client.report({"b": 1}, wait=False)
+    third.client.close()
+    fourth = make_app(device, store=other)
+    fourth.client.connect()
+    before = time.monotonic()
+    # Waits for the answer, and no longer.
+    fourth.client.close()
+    assert time.monotonic() - before < 3
+    assert device.reported == {"a": 1, "b": 1}
+
+
 def test_7_a_call_that_was_cut_short_is_made_again(make_app: MakeApp, device: Device, tmp_path: Path) -> None:
     path = store_in(tmp_path)
     app = make_app(device, store=path)

@@ -2322,8 +2322,9 @@ class World:
             elif kind is DesiredChanged:
                 self.change(output)
             elif kind is Reported or kind is Retrieved:
-                assert output.ticket not in self.ended, "a ticket ended twice"
-                self.ended[output.ticket] = output.error
+                if output.ticket is not None:
+                    assert output.ticket not in self.ended, "a ticket ended twice"
+                    self.ended[output.ticket] = output.error
             elif kind is Failed:
                 self.failed.append(output.error)
             else:
@@ -2727,6 +2728,8 @@ def test_7_a_report_of_an_earlier_run_has_no_ticket_and_fails_as_nobodys():
     assert bench.patch == {"a": 1}
     assert bench.report({"d": 1}) == 1
     bench.answer(204, 2)
+    # Whoever waits for what is outstanding, or keeps it, is to know.
+    assert Reported(None, 2, None) in bench.out
     assert bench.patch == {"b": 1}
     bench.answer(400)
     assert kinds(bench.out) == ["Failed", "report"]

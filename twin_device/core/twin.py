@@ -51,7 +51,8 @@ Publish = namedtuple("Publish", ("topic", "payload"))
 StateChanged = namedtuple("StateChanged", ("old", "new"))
 # DesiredChanged: merge patch and the desired properties after it (dicts, shared: never to be changed).
 DesiredChanged = namedtuple("DesiredChanged", ("patch", "desired"))
-# Reported: the end of the report with this ticket: version (int, or None if the hub gave none) or error.
+# Reported: the end of the report with this ticket: version (int, or None if the hub gave none) or error. The
+# ticket is None for what an earlier run had reported, or the hub had lost.
 Reported = namedtuple("Reported", ("ticket", "version", "error"))
 # Retrieved: the end of the retrieve with this ticket: {"desired": ..., "reported": ...} or error.
 Retrieved = namedtuple("Retrieved", ("ticket", "twin", "error"))
@@ -724,7 +725,7 @@ class Twin:
                 if not merged:
                     error = ReportRejected(412, message="the reported version is " + str(version))
                     self._end_refused(part, error, out)
-                elif part.ticket is not None:
+                else:
                     out.append(Reported(part.ticket, version, None))
         if before is not None:
             if merged:
@@ -792,8 +793,7 @@ class Twin:
             del self._queue[: len(parts)]
             if patch is None:
                 for part in parts:
-                    if part.ticket is not None:
-                        out.append(Reported(part.ticket, self.reported_version, None))
+                    out.append(Reported(part.ticket, self.reported_version, None))
                 continue
             self._flight = self._next_request()
             self._flight_patch, self._flight_parts = patch, parts
@@ -843,8 +843,7 @@ class Twin:
             self._report_tries = 0
             self._unsure = False
             for part in parts:
-                if part.ticket is not None:
-                    out.append(Reported(part.ticket, version, None))
+                out.append(Reported(part.ticket, version, None))
         else:
             code, tracking_id, message = _explained(payload)
             delay = _retry_delay(where, code, self._report_tries, jitter)
