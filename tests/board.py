@@ -206,6 +206,10 @@ class BoardClient:
         self._process.stdout.close()
         return status
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def kill(self) -> None:
         """Cut its power."""
         self._process.kill()

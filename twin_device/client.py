@@ -604,7 +604,10 @@ class TwinClient(Shell):
         try:
             self._store.keep(self._take)  # type: ignore[union-attr]  # called where there is one
         except StoreError as error:
-            if not self._store_failed:
+            if self._closed:
+                # The error handlers have gone.
+                _log.error("%s: %s", self._credentials.client_id, error)
+            elif not self._store_failed:
                 self._store_failed = True
                 self._events.put(twin.Failed(error))
         else:
@@ -639,11 +642,16 @@ class TwinClient(Shell):
             if event is None:
                 with self._lock:
                     # Connected again meanwhile, by a handler: this thread goes on.
-                    if self._network is None:
+                    ends = self._network is None
+                    if ends:
                         self._dispatcher = None
-                        if self._closed and self._store is not None:
-                            self._store.close()
-                        return
+                if ends:
+                    if self._closed and self._store is not None:
+                        # What a full disk has refused before may go now.
+                        self._keep()
+                        self._store.close()
+                    return
+                continue
             kind = type(event)
             if kind is twin.DesiredChanged:
                 for on_desired in self._on_desired if event.patch else ():

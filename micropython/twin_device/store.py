@@ -17,6 +17,7 @@ const = int  # MicroPython's compiler puts the numbers in place of the names
 
 _FORMAT = const(1)
 _HEAD = const(9)  # bytes before the JSON
+_ENOSPC = const(28)  # MicroPython has no words for it
 _NOTHING = (None, None, None)
 
 
@@ -57,7 +58,7 @@ class FileStore:
     ) -> "StoreError | None":
         """Bring this to the flash if it is new and its time has come. now: milliseconds that only go forward.
 
-        Returns an error once when writing fails; it is tried again with the next change.
+        Returns an error once when writing fails; it is tried again as often, without a further change, too.
         """
         kept = self._kept
         if (
@@ -82,17 +83,28 @@ class FileStore:
                 self._sum = total.sum
             self._failed = False
         except (OSError, MemoryError) as error:
+            # It is tried again without a change.
+            self._kept = None
             if not self._failed:
                 self._failed = True
-                return StoreError("store " + self._path + " cannot be written: " + str(error))
+                why = "no room is left" if getattr(error, "errno", 0) == _ENOSPC else str(error)
+                return StoreError("store " + self._path + " cannot be written: " + why)
         return None
 
     def _write(self, document: object, total: int) -> None:
         new = self._path + ".new"
-        with open(new, "wb") as file:
-            file.write(b"%08x\n" % total)
-            json.dump(document, _Sum(file))
-            file.flush()
+        try:
+            with open(new, "wb") as file:
+                file.write(b"%08x\n" % total)
+                json.dump(document, _Sum(file))
+                file.flush()
+        except (OSError, MemoryError) as error:
+            # A full flash needs the room, and load() must not find it where there is no document yet.
+            try:
+                os.remove(new)
+            except OSError:
+                pass
+            raise error
         if hasattr(os, "sync"):
             os.sync()
         try:
