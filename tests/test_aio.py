@@ -309,7 +309,6 @@ def test_plain_handlers_give_others_a_turn(make: MakeClient, device: Device) -> 
     run(test())
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 cannot tell who was cancelled")
 def test_a_handler_that_blocks_the_loop_is_named(
     make: MakeClient, device: Device, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -335,6 +334,7 @@ def test_a_handler_that_blocks_the_loop_is_named(
     run(test())
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 cannot tell who was cancelled")
 def test_a_handler_that_awaits_something_cancelled_is_an_error_like_others(
     make: MakeClient, device: Device
 ) -> None:
