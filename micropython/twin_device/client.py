@@ -289,9 +289,12 @@ class TwinClient:
             if self._dispatcher is None:
                 self._dispatcher = asyncio.create_task(self._dispatch())
             self._perform(core.start(self._clock()))
-        if not wait:
-            return
-        end = self._clock() + int(1000 * (self._timeout if timeout is None else timeout))
+        if wait:
+            await self._synchronised(self._timeout if timeout is None else timeout)
+
+    async def _synchronised(self, timeout: float) -> None:
+        core = self._core()
+        end = self._clock() + int(1000 * timeout)
         self._waiting += 1
         try:
             while core.state != SYNCHRONISED:
@@ -406,15 +409,7 @@ class TwinClient:
 
     def _core(self) -> Twin:
         if self._twin is None:
-            found = (None, None, None)
-            if isinstance(self._store, str):
-                from .store import FileStore
-
-                self._store = FileStore(self._store)
-            if self._store is not None:
-                found, error = self._store.load(self._whose)
-                if error is not None:
-                    self._tell(Failed(error))
+            found = (None, None, None) if self._store is None else self._stored()
             self._twin = Twin(
                 timeout=int(self._timeout * 1000 / 3),
                 request_id=random.getrandbits(16) << 16,
@@ -425,6 +420,16 @@ class TwinClient:
             )
             self._given = self._twin.desired
         return self._twin
+
+    def _stored(self) -> "tuple[object, object, object]":
+        if isinstance(self._store, str):
+            from .store import FileStore
+
+            self._store = FileStore(self._store)
+        found, error = self._store.load(self._whose)
+        if error is not None:
+            self._tell(Failed(error))
+        return found
 
     def _clock(self) -> int:
         """Milliseconds that only go forward; ticks_ms starts over after 12 days."""
@@ -491,10 +496,13 @@ class TwinClient:
 
     def _save(self, now: bool = False) -> None:
         if self._store is not None:
-            core = self._twin
-            error = self._store.keep(self._given, core.reported, core.unanswered, self._clock(), now)
-            if error is not None:
-                self._tell(Failed(error))
+            self._write(now)
+
+    def _write(self, now: bool) -> None:
+        core = self._twin
+        error = self._store.keep(self._given, core.reported, core.unanswered, self._clock(), now)
+        if error is not None:
+            self._tell(Failed(error))
 
     async def _watch(self) -> None:
         while True:
@@ -518,8 +526,9 @@ class TwinClient:
             return 1000
         if link is not None:
             if self._is_online is not None and not self._is_online():
+                error = RemoteError("the network is gone")
                 link.end()
-                self._lost(link, RemoteError("the network is gone"))
+                self._lost(link, error)
             else:
                 link.watch(now)
         deadline = core.deadline
@@ -623,18 +632,18 @@ class _Link:
         client = self._client
         failed = None
         try:
-            await self._read()
+            try:
+                await self._read()
+            except (TwinError, MemoryError):
+                raise
+            except Exception as error:
+                raise self._failure(error)
         except TwinError as error:
             failed = error
-        except (OSError, ValueError) as error:
-            failed = self._failure(error)
         except MemoryError:
             # What was to be told may be lost; the difference to what the app was given is not.
             client._tell(_WHATEVER)
             failed = ConnectRefused("not enough memory to connect and to keep the twin")
-        except Exception as error:
-            # A bug costs a reconnect, and no more.
-            failed = RemoteError("unexpected " + repr(error))
         finally:
             self._close()
         if failed is not None:
@@ -642,6 +651,9 @@ class _Link:
 
     def _failure(self, error: Exception) -> TwinError:
         host = self._client._dialled
+        if not isinstance(error, (OSError, ValueError)):
+            # A bug costs a reconnect, and no more.
+            return RemoteError("unexpected " + repr(error))
         if isinstance(error, ValueError):
             # What MicroPython's TLS raises for a certificate.
             return ConnectRefused(
@@ -708,8 +720,9 @@ class _Link:
         if self._stream is None or self._client._twin.state == OFFLINE:
             return
         if now - self._heard >= keep_alive * 3 // 2:
+            error = RemoteError("the hub has been silent for too long")
             self.end()
-            self._client._lost(self, RemoteError("the hub has been silent for too long"))
+            self._client._lost(self, error)
         elif now - min(self._sent, self._heard) >= keep_alive // 2 and now - self._sent >= keep_alive // 4:
             self._send(PINGREQ)
 
@@ -777,9 +790,10 @@ class _Link:
         if kind == CONNACK and len(body) == 2:
             now = client._clock()
             if body[1]:
+                outputs = twin.refused(body[1], now, random.random())
                 self._ended = True
                 client._link = None
-                client._perform(twin.refused(body[1], now, random.random()))
+                client._perform(outputs)
             else:
                 lifetime = client._token_lifetime * 1000
                 client._perform(twin.connected(now, random.random(), lifetime))

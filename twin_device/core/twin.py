@@ -400,17 +400,20 @@ class Twin:
         if where.kind == DESIRED:
             self._notified(where.version, payload, now, jitter, out)
         elif where.kind == RESPONSE and where.request_id is not None:
+            accepted = 200 <= where.status < 300
             if where.request_id == self._get:
-                self._get = None
-                self._lost = 0
-                self._retrieved(where, payload, now, jitter, out)
+                if accepted:
+                    self._retrieved(payload, now, jitter, out)
+                else:
+                    self._retrieve_refused(where, payload, now, jitter, out)
             elif where.request_id == self._flight:
-                self._flight = None
-                self._lost = 0
-                self._answered(where, payload, now, jitter, out)
+                if accepted:
+                    self._reported(where.version, now, jitter, out)
+                else:
+                    self._report_refused(where, payload, now, jitter, out)
             else:
                 self._count("ignored")
-                if 200 <= where.status < 300 and self._flight is None:
+                if accepted and self._flight is None and self._keep_reported:
                     self._doubt(where.version, 0, now, jitter)
             self._flow(now, out)
         return out
@@ -436,38 +439,14 @@ class Twin:
         bound = check(patch)
         alone = always or version is not None
         if self._keep_reported:
-            # The exact size of the target is looked at only once the bound says that it could be too much.
-            bound += size(self.target) if self._bound is None else self._bound
-            if bound > MAX_SECTION:
-                target = merge(self.target, patch)
-                check_section(target, patch)
-                bound = size(target)
+            bound = self._bound_with(patch, bound)
         out: "list[object]" = []
-        full = len(self._queue) >= _MAX_QUEUE
-        last = self._queue[-1] if self._queue else None
-        # Apart stay: a part without a ticket, which restores what was reported before, and one that the hub
-        # may have merged already.
-        if (
-            len(self._queue) >= _MAX_PARTS
-            and not alone
-            and last
-            and not last.alone
-            and last.ticket is not None
-            and not last.tries
-        ):
-            base = None
-            if full and self.reported is not None:
-                # The last resort, since it counts on every report before it to be accepted.
-                del self._queue[-1]
-                base = self.target
-                self._queue.append(last)
-            joined = compose(last.patch, patch, base)
-            if joined is not None:
-                last.patch = joined
+        if len(self._queue) >= _MAX_PARTS and not alone:
+            ticket = self._join(patch)
+            if ticket is not None:
                 self._bound = bound
-                self._count("coalesced")
-                return last.ticket, out if delay else self.flush(now)
-        if full:
+                return ticket, out if delay else self.flush(now)
+        if len(self._queue) >= _MAX_QUEUE:
             raise LocalError("too many reports are gathered that cannot be joined; wait for their answers")
         self._bound = bound
         if not delay:
@@ -480,6 +459,38 @@ class Twin:
         self._queue.append(_Part(copy(patch), ticket, version, alone))  # type: ignore[arg-type]  # a dict, as patch
         self._flow(now, out)
         return ticket, out
+
+    def _bound_with(self, patch: "dict[str, object]", bound: int) -> int:
+        """An upper bound of the target's size with a patch. PatchError: the target is too large then.
+
+        The exact size is looked at only once the bound says that it could be too much.
+        """
+        bound += size(self.target) if self._bound is None else self._bound
+        if bound > MAX_SECTION:
+            target = merge(self.target, patch)
+            check_section(target, patch)
+            bound = size(target)
+        return bound
+
+    def _join(self, patch: "dict[str, object]") -> "int | None":
+        """Make one of the last report and a patch; its ticket, or None if they have to go apart."""
+        last = self._queue[-1]
+        # Apart stay: a part without a ticket, which restores what was reported before, and one that the hub
+        # may have merged already.
+        if last.alone or last.ticket is None or last.tries:
+            return None
+        base = None
+        if len(self._queue) >= _MAX_QUEUE and self.reported is not None:
+            # The last resort, since it counts on every report before it to be accepted.
+            del self._queue[-1]
+            base = self.target
+            self._queue.append(last)
+        joined = compose(last.patch, patch, base)
+        if joined is None:
+            return None
+        last.patch = joined
+        self._count("coalesced")
+        return last.ticket
 
     def flush(self, now: int) -> "list[object]":
         """Have what is gathered leave as soon as the way is free: somebody waits for it."""
@@ -534,19 +545,19 @@ class Twin:
         self._enter(OFFLINE, out)
 
     def _lose(self, now: int, jitter: float, error: "Exception | None", out: "list[object]") -> None:
-        permanent = isinstance(error, ConnectRefused) and not error.can_retry
         self._leave(out, now)
         self._wait = None
-        if permanent:
-            self._connect_at = now + _half_jitter(_SLOW, _SLOW_CAP, self._connect_tries, jitter)
+        delay = min(_BACKOFF_CAP, _BACKOFF << min(self._connect_tries, 10))
+        if getattr(error, "can_retry", True):
+            if error is not None:
+                self._note(error)
         else:
-            # Full jitter: clients that lost the same hub must not come back together.
-            self._connect_at = now + int(jitter * min(_BACKOFF_CAP, _BACKOFF << min(self._connect_tries, 10)))
+            delay = min(_SLOW_CAP, _SLOW << min(self._connect_tries, 10)) // 2
+            jitter += 1
+            self._fail(error, out)  # type: ignore[arg-type]  # what cannot be retried is an error
+        # Full jitter: clients that lost the same hub must not come back together.
+        self._connect_at = now + int(jitter * delay)
         self._connect_tries += 1
-        if permanent:
-            self._fail(error, out)  # type: ignore[arg-type]  # permanent says that it is an error
-        elif error is not None:
-            self._note(error)
 
     def _give_up(self, what: str, now: int, jitter: float, out: "list[object]") -> bool:
         # The first lost answer may be the hub's, the second in a row says that the connection is dead.
@@ -594,6 +605,18 @@ class Twin:
                 RemoteError("a desired notification is no JSON object; the twin is retrieved again"), out
             )
             patch = version = None
+        self._missed(version, patch, payload, now, jitter, out)
+
+    def _missed(
+        self,
+        version: object,
+        patch: "dict[str, object] | None",
+        payload: object,
+        now: int,
+        jitter: float,
+        out: "list[object]",
+    ) -> None:
+        """Keep a notification that cannot be applied yet, or retrieve again."""
         # Of a document that a board has read, this is just the number of keys.
         size = sum([kept.size for kept in self._kept]) + len(payload)  # type: ignore[arg-type]  # bytes or a dict
         if (
@@ -613,11 +636,9 @@ class Twin:
                 self._ask(now, jitter)
                 self._flow(now, out)
 
-    def _retrieved(self, where: Topic, payload: object, now: int, jitter: float, out: "list[object]") -> None:
-        status = where.status
-        if not 200 <= status < 300:
-            self._retrieve_refused(where, payload, now, jitter, out)
-            return
+    def _retrieved(self, payload: object, now: int, jitter: float, out: "list[object]") -> None:
+        self._get = None
+        self._lost = 0
         try:
             twin = _read(payload)
             if isinstance(twin, dict) and "desired" not in twin and isinstance(twin.get("properties"), dict):
@@ -632,9 +653,8 @@ class Twin:
             )
             self._ask(now, jitter)
             return
-        for ticket in self._askers:
-            out.append(Retrieved(ticket, {"desired": copy(desired), "reported": copy(reported)}, None))
-        self._askers = []
+        if self._askers:
+            self._answer(desired, reported, out)
         asked_at = self._get_version
         if asked_at is None or version < asked_at or version >= self.desired_version:  # type: ignore[operator]  # has one
             # Older than what it was asked at: the twin was deleted and created again.
@@ -645,8 +665,17 @@ class Twin:
             self._ask(now, jitter)
         # A document that was on its way while a report was answered tells nothing about it.
         if not self._moved and self._flight is None:
-            self._reconcile(reported, reported_version, out)
+            self.reported_version = reported_version
+            if self._keep_reported:
+                self._reconcile(reported, reported_version, out)
             self._known = True
+
+    def _answer(
+        self, desired: "dict[str, object]", reported: "dict[str, object]", out: "list[object]"
+    ) -> None:
+        for ticket in self._askers:
+            out.append(Retrieved(ticket, {"desired": copy(desired), "reported": copy(reported)}, None))
+        self._askers = []
 
     def _retrieve_refused(
         self, where: Topic, payload: object, now: int, jitter: float, out: "list[object]"
@@ -654,6 +683,8 @@ class Twin:
         status = where.status
         code, tracking_id, message = _explained(payload)
         delay = _retry_delay(where, code, self._get_tries, jitter)
+        self._get = None
+        self._lost = 0
         if delay is None:
             error = RetrieveRejected(status, code, tracking_id, message)
             for ticket in self._askers:
@@ -672,6 +703,27 @@ class Twin:
         self, desired: "dict[str, object]", version: int, now: int, jitter: float, out: "list[object]"
     ) -> None:
         """The document is the truth. The app gets one change: from what it was last given to this."""
+        if self._kept:
+            desired, version = self._caught_up(desired, version)
+        change = diff(self.desired, desired)
+        self.desired_version = version
+        if change:
+            self.desired = desired
+            out.append(DesiredChanged(change, desired))
+        if self._kept or self._again:
+            self._again = False
+            if self._kept:
+                self._count("gaps")
+            self._enter(RETRIEVING, out)
+            self._ask(now, jitter)
+        else:
+            self._get_tries = 0
+            if self._stable_at is None:
+                self._stable_at = now + self._stable_in
+            self._enter(SYNCHRONISED, out)
+
+    def _caught_up(self, desired: "dict[str, object]", version: int) -> "tuple[dict[str, object], int]":
+        """A document with the notifications that follow it; behind a gap they are kept."""
         gap = []
         # By version only: sort() would go on to compare the patches.
         self._kept.sort(key=lambda kept: kept.version)
@@ -687,30 +739,12 @@ class Twin:
                 kept.outlived = True
                 gap.append(kept)
         self._kept = gap
-        change = diff(self.desired, desired)
-        self.desired_version = version
-        if change:
-            self.desired = desired
-            out.append(DesiredChanged(change, desired))
-        if gap or self._again:
-            self._again = False
-            if gap:
-                self._count("gaps")
-            self._enter(RETRIEVING, out)
-            self._ask(now, jitter)
-        else:
-            self._get_tries = 0
-            if self._stable_at is None:
-                self._stable_at = now + self._stable_in
-            self._enter(SYNCHRONISED, out)
+        return desired, version
 
     # ------------------------------------------------------------------ reported properties
 
     def _reconcile(self, reported: "dict[str, object]", version: "int | None", out: "list[object]") -> None:
         """What the hub holds is known now; what it lost of the target is put first in the queue."""
-        self.reported_version = version
-        if not self._keep_reported:
-            return
         before = self.reported
         self._bound = None
         # Where the answer was lost, only the document can tell whether the patch was merged.
@@ -775,13 +809,16 @@ class Twin:
         ):
             self._send_report(now, out)
         if renewing and self._flight is None and self._get is None:
-            # Planned: no backoff, no attempt that counts, and nobody else's doing.
-            self._short = 0
-            stable_in = self._stable_in if self._stable_at is None else max(0, self._stable_at - now)
-            out.append(Disconnect())
-            self._leave(out, now)
-            self._stable_in = stable_in
-            self._dial(now, out)
+            self._renew(now, out)
+
+    def _renew(self, now: int, out: "list[object]") -> None:
+        # Planned: no backoff, no attempt that counts, and nobody else's doing.
+        self._short = 0
+        stable_in = self._stable_in if self._stable_at is None else max(0, self._stable_at - now)
+        out.append(Disconnect())
+        self._leave(out, now)
+        self._stable_in = stable_in
+        self._dial(now, out)
 
     def _next_request(self) -> str:
         self._request += 1
@@ -792,8 +829,7 @@ class Twin:
             parts, patch = self._next_patch()
             del self._queue[: len(parts)]
             if patch is None:
-                for part in parts:
-                    out.append(Reported(part.ticket, self.reported_version, None))
+                self._end(parts, self.reported_version, out)
                 continue
             self._flight = self._next_request()
             self._flight_patch, self._flight_parts = patch, parts
@@ -819,49 +855,76 @@ class Twin:
                 patch = joined
                 parts.append(part)
             return parts, patch
-        target = merge(self.reported, patch)
+        return parts, self._difference(parts)
+
+    def _difference(self, parts: "list[_Part]") -> "dict[str, object] | None":
+        """What leads from the known reported properties to the target; the parts up to there are added."""
+        known: "dict[str, object]" = self.reported  # type: ignore[assignment]  # it is kept, and known
+        target = merge(known, parts[0].patch)
         for part in self._queue[1:]:
             if part.alone:
                 break
             target = merge(target, part.patch)
             parts.append(part)
         if not self._unsure:
-            return parts, diff(self.reported, target) or None
+            return diff(known, target) or None
         lost = self._flight_patch
-        return parts, compose(lost, diff(merge(self.reported, lost), target), self.reported)
+        return compose(lost, diff(merge(known, lost), target), known)
 
-    def _answered(self, where: Topic, payload: object, now: int, jitter: float, out: "list[object]") -> None:
-        status, version = where.status, where.version
-        parts, self._flight_parts = self._flight_parts, []
-        if 200 <= status < 300:
-            if self._keep_reported:
-                self.reported = merge(self.reported, self._flight_patch)
-            self._moved = True
+    def _reported(self, version: "int | None", now: int, jitter: float, out: "list[object]") -> None:
+        if self._keep_reported:
             # Sent again, it may have been merged twice.
-            self._doubt(version, 2 if parts[0].tries else 1, now, jitter)
-            self.reported_version = version
-            self._report_tries = 0
-            self._unsure = False
-            for part in parts:
-                out.append(Reported(part.ticket, version, None))
+            self._doubt(version, 2 if self._flight_parts[0].tries else 1, now, jitter)
+            self.reported = merge(self.reported, self._flight_patch)
+        self._flight = None
+        self._lost = 0
+        parts, self._flight_parts = self._flight_parts, []
+        self._moved = True
+        self.reported_version = version
+        self._report_tries = 0
+        self._unsure = False
+        self._end(parts, version, out)
+
+    def _end(self, parts: "list[_Part]", version: "int | None", out: "list[object]") -> None:
+        for part in parts:
+            out.append(Reported(part.ticket, version, None))
+
+    def _report_refused(
+        self, where: Topic, payload: object, now: int, jitter: float, out: "list[object]"
+    ) -> None:
+        status = where.status
+        code, tracking_id, message = _explained(payload)
+        delay = _retry_delay(where, code, self._report_tries, jitter)
+        error = ReportRejected(status, code, tracking_id, message) if delay is None else None
+        self._flight = None
+        self._lost = 0
+        parts, self._flight_parts = self._flight_parts, []
+        again = True
+        doubtful = status == 412 and parts[0].tries and self._keep_reported
+        if error is None:
+            self._report_tries += 1
+            self._report_at = now + delay  # type: ignore[operator]  # it is not None
+            self._count("throttled")
+            self._note("status " + str(status) + " to a report")
+        elif doubtful:
+            # The first time may have been applied and its answer lost: the document tells.
+            parts[0].tries = 2
+            self._known = False
+            self._moved = True
         else:
-            code, tracking_id, message = _explained(payload)
-            delay = _retry_delay(where, code, self._report_tries, jitter)
-            if delay is not None:
-                self._queue = parts + self._queue
-                self._report_tries += 1
-                self._report_at = now + delay
-                self._count("throttled")
-                self._note("status " + str(status) + " to a report")
-            elif status == 412 and parts[0].tries and self._keep_reported:
-                # The first time may have been applied and its answer lost: the document tells.
-                parts[0].tries = 2
-                self._queue = parts + self._queue
-                self._known = False
-                self._moved = True
+            self._bound = None
+            self._unsure = False
+            self._note(error)
+            # The hub refuses a patch whole. Each part goes again by itself: only the guilty one is lost.
+            again = len(parts) > 1
+            for part in parts:
+                part.alone = True
+        if again:
+            self._queue = parts + self._queue
+            if doubtful:
                 self._ask(now, jitter)
-            else:
-                self._refuse(parts, ReportRejected(status, code, tracking_id, message), out)
+        else:
+            self._end_refused(parts[0], error, out)  # type: ignore[arg-type]  # not again: there is one
 
     def _doubt(self, version: "int | None", writes: int, now: int, jitter: float) -> None:
         """Look at the document if the reported version has grown by more than our own writes.
@@ -869,24 +932,10 @@ class Twin:
         A report that was given up may still be merged by a slow hub, after the ones that followed it.
         """
         known = self.reported_version
-        if not self._known or not self._keep_reported or known is None or version is None:
-            return
-        if version > known + writes:
+        if self._known and known is not None and version is not None and version > known + writes:
             self._known = False
             self._moved = True
             self._ask(now, jitter)
-
-    def _refuse(self, parts: "list[_Part]", error: ReportRejected, out: "list[object]") -> None:
-        self._bound = None
-        self._unsure = False
-        self._note(error)
-        if len(parts) > 1:
-            # The hub refuses a patch whole. Each part goes again by itself: only the guilty one is lost.
-            for part in parts:
-                part.alone = True
-            self._queue = parts + self._queue
-            return
-        self._end_refused(parts[0], error, out)
 
     def _end_refused(self, part: _Part, error: ReportRejected, out: "list[object]") -> None:
         self._count("rejected")
