@@ -1,4 +1,4 @@
-"""The package of `make mpy` does what its sources do: the vectors, and tests of the client."""
+"""The package of `make mpy` does what its sources do: the vectors. For its client see test_board_shared.py."""
 
 import ast
 import importlib.util
@@ -7,30 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_board_shared import make_app  # noqa: F401  # a fixture, with this file's package
-from tests.test_client import (  # noqa: F401  # pytest collects them here once more
-    test_a_condition_that_does_not_hold_is_a_412,
-    test_a_report_that_changes_nothing_is_answered_without_traffic,
-    test_a_setting_goes_through_pending_to_success_and_failure,
-    test_an_invalid_patch_names_its_path_and_changes_nothing,
-    test_desired_patches_arrive_whole_and_in_order,
-    test_every_call_on_a_closed_or_unconnected_client_says_so,
-    test_reports_made_offline_leave_as_one_patch,
-    test_what_changed_while_offline_is_one_exact_difference,
-)
-from tests.test_faults import (  # noqa: F401  # as above
-    test_a_refused_report_is_told_and_holds_nothing_up,
-    test_an_app_that_is_refused_is_told_at_once,
-)
 from tests.vm import ROOT, build, micropython, run
 
 VECTORS = Path(__file__).parent / "vectors"
 MODULES = ("credentials", "errors", "patch", "topics")
-
-
-@pytest.fixture(scope="module")
-def package(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("built"))
 
 
 @pytest.fixture(scope="module")

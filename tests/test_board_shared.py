@@ -49,14 +49,16 @@ from tests.test_faults import (  # noqa: F401  # as above
     test_notifications_made_up_by_a_broken_hub,
     test_the_bodys_version_counts_and_the_topics_stands_in,
 )
-from tests.vm import stage
+from tests.vm import build, stage
 from tests.waiting import PATIENCE
 from twin_device.hub import Device, LocalHub
 
 
-@pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return stage(tmp_path_factory.mktemp("board"))
+@pytest.fixture(scope="module", params=[stage, build], ids=["sources", "built"])
+def package(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sources as they are, and what `make mpy` makes of them."""
+    made: Path = request.param(tmp_path_factory.mktemp("board"))
+    return made
 
 
 @pytest.fixture

