@@ -1,4 +1,4 @@
-"""The package of `make mpy` does what its sources do: the vectors. For its client see test_board_shared.py."""
+"""The package of `make mpy` does what its sources do: the vectors. Its client: see test_board_shared.py."""
 
 import ast
 import importlib.util
