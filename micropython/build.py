@@ -44,13 +44,12 @@ MERGED = {
     "mqtt": HERE / "twin_device" / "mqtt.py",
     "client": HERE / "twin_device" / "client.py",
 }
-# Loaded by the apps that need them; the first by every app, but only while it begins a connection.
+# Loaded by the apps that need them; what is of RARE, too, is forgotten: every app begins connections with it.
 APART = {
     "credentials": CORE / "credentials.py",
     "settings": CORE / "settings.py",
     "store": HERE / "twin_device" / "store.py",
 }
-FORGOTTEN = "credentials"
 # What most apps hardly ever need, by the module that it is read from when it is wanted. The first two, of
 # which the second has what apps call, and the last stay in memory then; the rest is forgotten when it has
 # returned. What is in none is what every app loads.
@@ -114,6 +113,7 @@ RARE: dict[str, tuple[str, ...]] = {
         "Twin._ask",
     ),
     "identity": (),
+    "credentials": (),
     "errors": (
         "LocalError",
         "PatchError",
@@ -161,23 +161,22 @@ UPPER = LOWER.upper()
 _LONGEST_NAME = 10  # MicroPython's compiler makes a name of a string up to this, which costs the least
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
-# What is imported lives until its function ends; what came but in half is not to be found the next time.
-FORGET = "sys.modules.pop('twin_device.{0}', None); globals().pop('{0}', None)"
 # The digit at the end of a name says where it is. A module that could not be read whole is not to be found
 # the next time, for then there may be more memory.
 LOADER = """
 {self} = sys.modules[__name__]
 def __getattr__(a):
     b = a[-1]
-    c = {files!r}[int(b) if b.isdigit() else 1 - 2 * (a < "[")]
-    d = None
+    c = {files!r}.split()[int(b) if b.isdigit() else 1 - 2 * (a < "[")]
+    d = "twin_device." + c
+    e = globals()
     try:
-        d = __import__("twin_device." + c, None, None, (a,))
-        return getattr(d, a)
+        __import__(d)
+        return getattr(e[c], a)
     finally:
-        if d is None or "1" < b < ":":
-            sys.modules.pop("twin_device." + c, None)
-            globals().pop(c, None)
+        if c not in e or "1" < b < ":":
+            e.pop(c, None)
+            sys.modules.pop(d, None)
 def {binder}(a, b):
     c = __getattr__(b)
     if type(c) is tuple:
@@ -320,6 +319,7 @@ class Package:
         # Functions that make errors: their numbers by their texts.
         self.makers: dict[str, dict[str, int]] = {place: {} for place in RARE}
         self._mark_rare()
+        self._mark_apart()
         self._name_globals()
         self.attributes = self._name_attributes()
         self.keywords: set[str | None] = set(keep)
@@ -352,6 +352,13 @@ class Package:
     def digit(self, node: ast.AST) -> str:
         """What the name of a rare function ends with."""
         return str(node.place) if hasattr(node, "place") else ""
+
+    def _mark_apart(self) -> None:
+        """All of a module that is forgotten is rare."""
+        for index, place in enumerate(RARE):
+            for node in self.trees[place].body if place in APART else ():
+                if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
+                    node.place = index  # type: ignore[attr-defined]  # as above
 
     def _name_globals(self) -> None:
         used = collections.Counter(
@@ -394,7 +401,8 @@ class Package:
                         continue
                 body.append(node)
                 for name in _defined(node):
-                    kept = module in APART or name in self.exports or name.endswith(("Error", "Rejected"))
+                    whole = module in APART and module not in RARE
+                    kept = whole or name in self.exports or name.endswith(("Error", "Rejected"))
                     mine[name] = name
                     if not kept:
                         defined.append((mine, name, self.digit(node)))
@@ -409,7 +417,7 @@ class Package:
         # By the name that it has in the package: where to find what is rare.
         self.located = {
             self.globals[module][_name(node)]: node.place
-            for module in MERGED
+            for module in (*MERGED, *APART)
             for node in self.trees[module].body
             if hasattr(node, "place")
         }
@@ -518,7 +526,7 @@ class Package:
                 statements[:] = left
             if not count:
                 break
-        loader = LOADER.format(self=self.myself, binder=self.binder, files=tuple(self.rare))
+        loader = LOADER.format(self=self.myself, binder=self.binder, files=" ".join(self.rare))
         module = ast.fix_missing_locations(ast.Module([*ast.parse(loader).body, *body], []))
         return "\n".join([*self.imports, ast.unparse(module), ""])
 
@@ -527,6 +535,7 @@ class Package:
         module = self.module(name)
         nodes = [*self._body, *itertools.chain(*self.rare.values()), *self._makers()]
         wanted = {alias.name for one in nodes for alias in _imported(one, name)} | self.exports
+        wanted |= _loaded(nodes) & set(self.located)
         while True:
             loaded = _loaded(module.body)
             left = []
@@ -551,6 +560,8 @@ class Package:
         """The modules of RARE. To be called last."""
         modules = {}
         for index, (place, body) in enumerate(self.rare.items()):
+            if place in APART:
+                continue
             if self.makers[place]:
                 # By their numbers, for a name costs more.
                 body += ast.parse(
@@ -681,14 +692,17 @@ class _Renamer(ast.NodeTransformer):
             self._elsewhere(self._package.maker + str(index)), [ast.Constant(makers[text]), *values], []
         )
 
-    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST | None:
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST | list[ast.Assign] | None:
         if not node.level:
             return node
         source = self._package._source(node)
-        if source == FORGOTTEN:
-            return ast.Try(
-                [ast.ImportFrom(source, node.names, 1)], [], [], ast.parse(FORGET.format(FORGOTTEN)).body
-            )
+        if source in RARE:
+            # Only its function has them, until it ends.
+            given = self._package.globals[source]
+            return [
+                ast.Assign([ast.Name(name.name, ast.Store())], self._elsewhere(given[name.name]), lineno=1)
+                for name in node.names
+            ]
         if source in APART:
             return ast.ImportFrom(source, node.names, 1)
         constants = self._package.constants[source]
@@ -700,7 +714,7 @@ class _Renamer(ast.NodeTransformer):
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST | None:
         outer, self._class = self._class, node.name
-        around, self._place = self._place, getattr(node, "place", self._place)
+        around, self._place = self._place, self._of(node)
         node.bases = [self.visit(base) for base in node.bases]
         left: list[ast.stmt] = []
         for inner in node.body:
@@ -719,9 +733,13 @@ class _Renamer(ast.NodeTransformer):
         self._place = around
         return self._put(node)
 
+    def _of(self, node: ast.AST) -> int | None:
+        """Where what is in a node belongs."""
+        return getattr(node, "place", self._place) if self._module in MERGED else None
+
     def _put(self, node: ast.stmt) -> ast.stmt | None:
         """Where it belongs: here, or into a module of its own."""
-        if not hasattr(node, "place"):
+        if not hasattr(node, "place") or self._module in APART:
             return node
         place = self._package.rare[list(self._package.rare)[node.place]]
         place.append(node)
@@ -737,7 +755,7 @@ class _Renamer(ast.NodeTransformer):
 
     def _function(self, node: Function) -> ast.AST | None:
         method = self._class is not None and not self._scopes
-        around, self._place = self._place, getattr(node, "place", self._place)
+        around, self._place = self._place, self._of(node)
         open_ = node.name == "__init__" and self._class in self._package.open
         face = self._class in FACES and not node.name.startswith("_")
         node.decorator_list = [self.visit(each) for each in node.decorator_list]

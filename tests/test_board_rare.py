@@ -49,7 +49,7 @@ def trapped(builder: Any, built: Path, tmp_path: Path) -> Path:
     """A package of which every rare module fails at first."""
     folder = tmp_path / "package"
     shutil.copytree(built, folder)
-    for name in (*builder.RARE, builder.FORGOTTEN):
+    for name in builder.RARE:
         path = folder / "twin_device" / f"{name}.py"
         whole = path.with_suffix(".whole")
         path.rename(whole)
