@@ -91,9 +91,10 @@ RARE: dict[str, tuple[str, ...]] = {
         "Twin.stop",
         "Twin.abandon",
         "Twin.outstanding",
+        "Twin.flush",
     ),
     "values": ("_text", "_type_name"),
-    "words": ("_Link._failure", "_reason"),
+    "words": ("_Link._failure", "_Link._silent", "_reason", "TwinClient._without_network"),
     "refused": (
         "Twin.refused",
         "Twin._retrieve_refused",
@@ -101,6 +102,7 @@ RARE: dict[str, tuple[str, ...]] = {
         "_explained",
         "_retry_delay",
         "_half_jitter",
+        "Twin._gave_up",
         "Twin._give_up",
         "Twin._renew",
     ),
@@ -110,6 +112,9 @@ RARE: dict[str, tuple[str, ...]] = {
         "Twin._missed",
         "Twin._caught_up",
         "Twin._answer",
+        "Twin._ignored",
+        "Twin._unreadable",
+        "Twin._gather",
         "Twin._ask",
     ),
     "identity": (),
@@ -303,6 +308,7 @@ class Package:
         for module, path in {**MERGED, **APART}.items():
             tree = _Plain().visit(ast.parse(path.read_text("utf-8")))
             self.trees[module] = tree
+        self._place_arguments()
         exports = ast.parse((HERE / "twin_device" / "__init__.py").read_text("utf-8"))
         self.exported = {
             alias.name for node in exports.body if isinstance(node, ast.ImportFrom) for alias in node.names
@@ -331,7 +337,34 @@ class Package:
             for keyword in node.keywords
         )
         # Called with ** somewhere.
-        self.open = {"TwinClient", "Credentials", *(name for name in self.exports if name.endswith("Error"))}
+        self.open = {
+            *keep,
+            "TwinClient",
+            "Credentials",
+            *(name for name in self.exports if name.endswith("Error")),
+        }
+
+    def _place_arguments(self) -> None:
+        """Give by position what is given by name, where the order is right: it takes no names then."""
+        nodes = [node for module in MERGED for node in self.trees[module].body]
+        functions = {_name(node): (node, 0) for node in nodes if isinstance(node, FUNCTIONS)}
+        functions.update(
+            (_name(node), (inner, 1))
+            for node in nodes
+            if isinstance(node, ast.ClassDef)
+            for inner in node.body
+            if _name(inner) == "__init__"
+        )
+        for call in [node for module in MERGED for node in ast.walk(self.trees[module])]:
+            if not isinstance(call, ast.Call) or not call.keywords:
+                continue
+            function, first = functions.get(ast.unparse(call.func), (None, 0))
+            if function is not None:
+                expected = [each.arg for each in function.args.args[first + len(call.args) :]]
+                given = [each.arg for each in call.keywords]
+                if given == expected[: len(given)]:
+                    call.args += [each.value for each in call.keywords]
+                    call.keywords = []
 
     def _mark_rare(self) -> None:
         """Have the nodes of rare functions and classes say so, in the attribute `place`."""
@@ -664,7 +697,9 @@ class _Renamer(ast.NodeTransformer):
         if ast.unparse(node.func) == "namedtuple":
             fields = ast.literal_eval(node.args[1])
             renamed = [ast.Constant(self._package.attributes.get(name, name)) for name in fields]
-            node.args[1] = ast.Tuple(renamed, ast.Load())
+            # Of what it is called itself, nobody is told but tests.
+            name = node.args[0] if self._package._keep else ast.Constant("a")
+            node.args = [name, ast.Tuple(renamed, ast.Load())]
         elif ast.unparse(node.func) == "const":
             return self.visit(node.args[0])  # type: ignore[no-any-return]  # an expression
         error = isinstance(node.func, ast.Name) and node.func.id in self._package.errors
@@ -731,6 +766,10 @@ class _Renamer(ast.NodeTransformer):
         self._class = outer
         node.name = self._globals.get(node.name, node.name)
         self._place = around
+        if isinstance(left[0], ast.Pass) and self._of(node) is None:
+            # It takes half of what a class statement takes.
+            made = f"{node.name} = type({node.name!r}, ({ast.unparse(node.bases[0])},), {{}})"
+            return ast.parse(made).body[0]
         return self._put(node)
 
     def _of(self, node: ast.AST) -> int | None:

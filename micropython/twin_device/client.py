@@ -526,9 +526,7 @@ class TwinClient:
             return 1000
         if link is not None:
             if self._is_online is not None and not self._is_online():
-                error = RemoteError("the network is gone")
-                link.end()
-                self._lost(link, error)
+                self._without_network(link)
             else:
                 link.watch(now)
         deadline = core.deadline
@@ -536,6 +534,11 @@ class TwinClient:
             self._perform(core.tick(now, random.random()))
             deadline = core.deadline
         return 1000 if deadline is None else min(1000, max(0, deadline - now))
+
+    def _without_network(self, link: "_Link") -> None:
+        error = RemoteError("the network is gone")
+        link.end()
+        self._lost(link, error)
 
     # ------------------------------------------------------------------ calling handlers
 
@@ -720,11 +723,14 @@ class _Link:
         if self._stream is None or self._client._twin.state == OFFLINE:
             return
         if now - self._heard >= keep_alive * 3 // 2:
-            error = RemoteError("the hub has been silent for too long")
-            self.end()
-            self._client._lost(self, error)
+            self._silent()
         elif now - min(self._sent, self._heard) >= keep_alive // 2 and now - self._sent >= keep_alive // 4:
             self._send(PINGREQ)
+
+    def _silent(self) -> None:
+        error = RemoteError("the hub has been silent for too long")
+        self.end()
+        self._client._lost(self, error)
 
     # ------------------------------------------------------------------ out
 

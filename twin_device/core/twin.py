@@ -327,12 +327,8 @@ class Twin:
         out: "list[object]" = []
         if self.state == SUBSCRIBING:
             if len(granted) != len(FILTERS) or max(granted) >= 0x80:
-                text = (
-                    "the hub refused a subscription (SUBACK "
-                    + str(list(granted))
-                    + "): is it a Basic tier hub?"
-                )
-                error = ConnectRefused(text, False)
+                text = "the hub refused a subscription (SUBACK " + str(list(granted))
+                error = ConnectRefused(text + "): is it a Basic tier hub?", False)
                 out.append(Disconnect())
                 self._lose(now, jitter, error, out)
             else:
@@ -345,33 +341,40 @@ class Twin:
     def tick(self, now: int, jitter: float) -> "list[object]":
         """Time has passed. Does nothing before `deadline`."""
         out: "list[object]" = []
-        if self.state == OFFLINE:
-            if self._wait is not None and now >= self._wait:
-                out.append(Disconnect())
-                self._lose(now, jitter, ConnectRefused("the hub did not answer CONNECT in time"), out)
-            elif self._connect_at is not None and now >= self._connect_at:
+        if self.state == OFFLINE or self.state == SUBSCRIBING:
+            late = self._wait is not None and now >= self._wait
+            if self._connect_at is not None and now >= self._connect_at:
                 self._dial(now, out)
-            return out
+        else:
+            late = (self._get is not None and now >= self._get_wait) or (
+                self._flight is not None and now >= self._flight_wait
+            )
+        if not late or not self._gave_up(now, jitter, out):
+            self._flow(now, out)
+        return out
+
+    def _gave_up(self, now: int, jitter: float, out: "list[object]") -> bool:
+        """Give up what is late. True: the connection with it."""
+        if self.state == OFFLINE:
+            error = ConnectRefused("the hub did not answer CONNECT in time")
+            out.append(Disconnect())
+            self._lose(now, jitter, error, out)
+            return True
         if self.state == SUBSCRIBING:
-            if (
-                self._wait is not None
-                and now >= self._wait
-                and not self._give_up("SUBSCRIBE", now, jitter, out)
-            ):
-                self._wait = now + self._timeout
-                out.append(Subscribe(FILTERS))
-            return out
+            if self._give_up("SUBSCRIBE", now, jitter, out):
+                return True
+            self._wait = now + self._timeout
+            out.append(Subscribe(FILTERS))
+            return False
         if self._get is not None and now >= self._get_wait:
             self._get = None
             self._get_at = now
             if self._give_up("a retrieve", now, jitter, out):
-                return out
+                return True
         if self._flight is not None and now >= self._flight_wait:
             self._requeue()
-            if self._give_up("a report", now, jitter, out):
-                return out
-        self._flow(now, out)
-        return out
+            return self._give_up("a report", now, jitter, out)
+        return False
 
     # ------------------------------------------------------------------ inputs: messages
 
@@ -412,11 +415,14 @@ class Twin:
                 else:
                     self._report_refused(where, payload, now, jitter, out)
             else:
-                self._count("ignored")
-                if accepted and self._flight is None and self._keep_reported:
-                    self._doubt(where.version, 0, now, jitter)
+                self._ignored(where, now, jitter)
             self._flow(now, out)
         return out
+
+    def _ignored(self, where: Topic, now: int, jitter: float) -> None:
+        self._count("ignored")
+        if 200 <= where.status < 300 and self._flight is None and self._keep_reported:
+            self._doubt(where.version, 0, now, jitter)
 
     # ------------------------------------------------------------------ inputs: the app
 
@@ -452,8 +458,7 @@ class Twin:
         if not delay:
             self._gather_until = 0
         elif not self._queue:
-            lately = self._flight is not None or now < self._flight_wait - self._timeout + delay
-            self._gather_until = now + delay if lately else 0
+            self._gather(now, delay)
         self._ticket += 1
         ticket = self._ticket
         self._queue.append(_Part(copy(patch), ticket, version, alone))  # type: ignore[arg-type]  # a dict, as patch
@@ -491,6 +496,10 @@ class Twin:
         last.patch = joined
         self._count("coalesced")
         return last.ticket
+
+    def _gather(self, now: int, delay: int) -> None:
+        lately = self._flight is not None or now < self._flight_wait - self._timeout + delay
+        self._gather_until = now + delay if lately else 0
 
     def flush(self, now: int) -> "list[object]":
         """Have what is gathered leave as soon as the way is free: somebody waits for it."""
@@ -648,10 +657,7 @@ class Twin:
             if version is None:
                 raise ValueError("no $version")
         except (ValueError, RuntimeError):
-            self._fail(
-                RemoteError("the retrieved twin is no JSON object with desired and reported properties"), out
-            )
-            self._ask(now, jitter)
+            self._unreadable(now, jitter, out)
             return
         if self._askers:
             self._answer(desired, reported, out)
@@ -669,6 +675,11 @@ class Twin:
             if self._keep_reported:
                 self._reconcile(reported, reported_version, out)
             self._known = True
+
+    def _unreadable(self, now: int, jitter: float, out: "list[object]") -> None:
+        text = "the retrieved twin is no JSON object with desired and reported properties"
+        self._fail(RemoteError(text), out)
+        self._ask(now, jitter)
 
     def _answer(
         self, desired: "dict[str, object]", reported: "dict[str, object]", out: "list[object]"
