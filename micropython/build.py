@@ -93,7 +93,7 @@ RARE: dict[str, tuple[str, ...]] = {
         "Twin.outstanding",
         "Twin.flush",
     ),
-    "values": ("_text", "_type_name"),
+    "values": ("_text", "_type_name", "_unfit"),
     "words": ("_Link._failure", "_Link._silent", "_reason", "TwinClient._without_network"),
     "refused": (
         "Twin.refused",
@@ -188,11 +188,10 @@ def {binder}(a, b):
         return c[0](a)
     d = type(a)
     setattr(d, b, c)
-    try:
-        return getattr(a, b)
-    finally:
-        if "1" < b[-1] < ":":
-            delattr(d, b)
+    c = getattr(a, b)
+    if "1" < b[-1] < ":":
+        delattr(d, b)
+    return c
 """
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 

@@ -190,7 +190,10 @@ class TwinClient:
     @classmethod
     def from_connection_string(cls, text: str, **options: object) -> "TwinClient":
         """The client of a device's or module's connection string. LocalError names the malformed part."""
-        options.update(_fields(text))
+        from .core.credentials import connection_string_fields
+
+        options.update(connection_string_fields(text))
+        connection_string_fields = None  # with it its module goes
         return cls(**options)
 
     # ------------------------------------------------------------------ what the app knows
@@ -648,7 +651,11 @@ class _Link:
             client._tell(_WHATEVER)
             failed = ConnectRefused("not enough memory to connect and to keep the twin")
         finally:
-            self._close()
+            self._ended = True
+            self._loaded()
+            if self._stream is not None:
+                self._stream.s.close()
+                self._stream = None
         if failed is not None:
             client._lost(self, failed)
 
@@ -709,13 +716,6 @@ class _Link:
                     pass
             if asyncio.current_task() is not self._task:
                 self._task.cancel()
-
-    def _close(self) -> None:
-        self._ended = True
-        self._loaded()
-        if self._stream is not None:
-            self._stream.s.close()
-            self._stream = None
 
     def watch(self, now: int) -> None:
         """Say something before the hub thinks that nobody is there, and notice if the hub is not."""
@@ -858,13 +858,6 @@ class _Link:
         if self._threshold is not None:
             gc.threshold(self._threshold)
             self._threshold = None
-
-
-def _fields(text: str) -> "dict[str, object]":
-    # By itself: the module that does it is not in memory any more when it returns.
-    from .core.credentials import connection_string_fields
-
-    return connection_string_fields(text)
 
 
 async def _within(waited: object, seconds: float) -> bool:

@@ -265,37 +265,44 @@ def _check_object(value: "dict[str, object]", path: "list[object]", depth: int, 
 
 
 def _check_value(value: object, path: "list[object]", depth: int, in_array: bool) -> int:
-    if type(value) is str:
-        return _check_text("a string", value, MAX_STRING, path)
-    if type(value) is bool:
+    kind = type(value)
+    if kind is str:
+        return _check_text("a string", value, MAX_STRING, path)  # type: ignore[arg-type]  # kind says so
+    if kind is bool:
         return 4
-    if type(value) is int:
-        if not MIN_INTEGER <= value <= MAX_INTEGER:
-            raise PatchError(_text(path), "an integer is from -4503599627370496 to 4503599627370495", value)
+    # value - value: not 0 for NaN and both infinities.
+    if (kind is int and MIN_INTEGER <= value <= MAX_INTEGER) or (kind is float and value - value == 0):  # type: ignore[operator]  # as above
         return 8
-    if type(value) is float:
-        if value - value != 0:  # true for NaN and both infinities
-            raise PatchError(_text(path), "a number must be finite", value)
-        return 8
-    if value is None:
-        if in_array:
-            raise PatchError(_text(path), "null removes a key and has no meaning inside an array")
+    if value is None and not in_array:
         return 0
-    if type(value) is not dict and type(value) is not list:
-        raise PatchError(
-            _text(path), "a value is a dict, list, str, int, float, bool or None", _type_name(value)
-        )
     depth += 1
-    if depth > MAX_DEPTH:
-        raise PatchError(_text(path), "objects and arrays nest at most 10 deep", depth)
-    if type(value) is dict:
-        return _check_object(value, path, depth, in_array)
+    if (kind is not dict and kind is not list) or depth > MAX_DEPTH:
+        raise _unfit(value, path, depth)
+    if kind is dict:
+        return _check_object(value, path, depth, in_array)  # type: ignore[arg-type]  # as above
     total = 0
-    for index, member in enumerate(value):
+    members: "list[object]" = value  # type: ignore[assignment]  # as above
+    for index, member in enumerate(members):
         path.append(index)
         total += _check_value(member, path, depth, True)
         path.pop()
     return total
+
+
+def _unfit(value: object, path: "list[object]", depth: int) -> PatchError:
+    if type(value) is int:
+        limit = "an integer is from -4503599627370496 to 4503599627370495"
+    elif type(value) is float:
+        limit = "a number must be finite"
+    elif value is None:
+        return PatchError(_text(path), "null removes a key and has no meaning inside an array")
+    elif type(value) is dict or type(value) is list:
+        limit = "objects and arrays nest at most 10 deep"
+        value = depth
+    else:
+        limit = "a value is a dict, list, str, int, float, bool or None"
+        value = _type_name(value)
+    return PatchError(_text(path), limit, value)
 
 
 def _check_key(key: object, path: "list[object]") -> int:
