@@ -102,6 +102,7 @@ RARE: dict[str, tuple[str, ...]] = {
         "_explained",
         "_retry_delay",
         "_half_jitter",
+        "Twin._not_subscribed",
         "Twin._gave_up",
         "Twin._give_up",
         "Twin._renew",

@@ -327,16 +327,21 @@ class Twin:
         out: "list[object]" = []
         if self.state == SUBSCRIBING:
             if len(granted) != len(FILTERS) or max(granted) >= 0x80:
-                text = "the hub refused a subscription (SUBACK " + str(list(granted))
-                error = ConnectRefused(text + "): is it a Basic tier hub?", False)
-                out.append(Disconnect())
-                self._lose(now, jitter, error, out)
+                self._not_subscribed(granted, now, jitter, out)
             else:
                 self._lost = 0
                 self._enter(RETRIEVING, out)
                 self._get_at = now
                 self._flow(now, out)
         return out
+
+    def _not_subscribed(
+        self, granted: "tuple[int, ...]", now: int, jitter: float, out: "list[object]"
+    ) -> None:
+        text = "the hub refused a subscription (SUBACK " + str(list(granted))
+        error = ConnectRefused(text + "): is it a Basic tier hub?", False)
+        out.append(Disconnect())
+        self._lose(now, jitter, error, out)
 
     def tick(self, now: int, jitter: float) -> "list[object]":
         """Time has passed. Does nothing before `deadline`."""
@@ -447,14 +452,10 @@ class Twin:
         if self._keep_reported:
             bound = self._bound_with(patch, bound)
         out: "list[object]" = []
-        if len(self._queue) >= _MAX_PARTS and not alone:
-            ticket = self._join(patch)
-            if ticket is not None:
-                self._bound = bound
-                return ticket, out if delay else self.flush(now)
-        if len(self._queue) >= _MAX_QUEUE:
-            raise LocalError("too many reports are gathered that cannot be joined; wait for their answers")
+        ticket = None if len(self._queue) < _MAX_PARTS else self._join(patch, alone)
         self._bound = bound
+        if ticket is not None:
+            return ticket, out if delay else self.flush(now)
         if not delay:
             self._gather_until = 0
         elif not self._queue:
@@ -477,25 +478,30 @@ class Twin:
             bound = size(target)
         return bound
 
-    def _join(self, patch: "dict[str, object]") -> "int | None":
-        """Make one of the last report and a patch; its ticket, or None if they have to go apart."""
+    def _join(self, patch: "dict[str, object]", alone: bool) -> "int | None":
+        """Make one of the last report and a patch; its ticket, or None if they have to go apart.
+
+        LocalError: they have to, and too much is gathered already.
+        """
+        full = len(self._queue) >= _MAX_QUEUE
         last = self._queue[-1]
         # Apart stay: a part without a ticket, which restores what was reported before, and one that the hub
         # may have merged already.
-        if last.alone or last.ticket is None or last.tries:
-            return None
-        base = None
-        if len(self._queue) >= _MAX_QUEUE and self.reported is not None:
-            # The last resort, since it counts on every report before it to be accepted.
-            del self._queue[-1]
-            base = self.target
-            self._queue.append(last)
-        joined = compose(last.patch, patch, base)
-        if joined is None:
-            return None
-        last.patch = joined
-        self._count("coalesced")
-        return last.ticket
+        if not (alone or last.alone or last.ticket is None or last.tries):
+            base = None
+            if full and self.reported is not None:
+                # The last resort, since it counts on every report before it to be accepted.
+                del self._queue[-1]
+                base = self.target
+                self._queue.append(last)
+            joined = compose(last.patch, patch, base)
+            if joined is not None:
+                last.patch = joined
+                self._count("coalesced")
+                return last.ticket
+        if full:
+            raise LocalError("too many reports are gathered that cannot be joined; wait for their answers")
+        return None
 
     def _gather(self, now: int, delay: int) -> None:
         lately = self._flight is not None or now < self._flight_wait - self._timeout + delay
