@@ -94,7 +94,14 @@ RARE: dict[str, tuple[str, ...]] = {
         "Twin.flush",
     ),
     "values": ("_text", "_type_name", "_unfit"),
-    "words": ("_Link._failure", "_Link._silent", "_reason", "TwinClient._without_network"),
+    "words": (
+        "_Link._failure",
+        "_Link._silent",
+        "_Link._broken",
+        "_Link._break",
+        "_reason",
+        "TwinClient._without_network",
+    ),
     "refused": (
         "Twin.refused",
         "Twin._retrieve_refused",
@@ -120,6 +127,7 @@ RARE: dict[str, tuple[str, ...]] = {
     ),
     "identity": (),
     "credentials": (),
+    "handed": ("_Link._property",),
     "errors": (
         "LocalError",
         "PatchError",
@@ -162,6 +170,32 @@ FOREIGN = {
     "get_blob",
     "set_i32",
 }
+# Variables of what every app loads that hold an object or None. It is never empty or 0, so that to ask for
+# its truth is to ask whether it is there.
+OBJECTS = frozenset(
+    (
+        "_context",
+        "_dispatcher",
+        "_error",
+        "_flight",
+        "_get",
+        "_is_online",
+        "_link",
+        "_reader",
+        "_refused",
+        "_settings",
+        "_stream",
+        "_twin",
+        "_watcher",
+        "error",
+        "failed",
+        "link",
+        "reader",
+        "waiting",
+        "watcher",
+        "where",
+    )
+)
 LOWER = "abcdefghijklmnopqrstuvwxyz"
 UPPER = LOWER.upper()
 _LONGEST_NAME = 10  # MicroPython's compiler makes a name of a string up to this, which costs the least
@@ -226,6 +260,9 @@ def short_names(letters: str) -> Iterator[str]:
 class _Plain(ast.NodeTransformer):
     """Takes away what a board has no use for: docstrings, annotations, the branches of CPython."""
 
+    def __init__(self, objects: frozenset[str]) -> None:
+        self._objects = objects
+
     def _body(self, node: ast.AST) -> ast.AST:
         self.generic_visit(node)
         body = node.body  # type: ignore[attr-defined]  # called for nodes that have one
@@ -264,8 +301,29 @@ class _Plain(ast.NodeTransformer):
         node.cause = None
         return node
 
+    def _truth(self, node: ast.expr) -> ast.expr:
+        """An expression of which only the truth counts."""
+        if isinstance(node, ast.BoolOp):
+            node.values = [self._truth(each) for each in node.values]
+        elif isinstance(node, ast.Compare) and isinstance(node.ops[0], (ast.Is, ast.IsNot)):
+            asked = node.left.attr if isinstance(node.left, ast.Attribute) else ast.unparse(node.left)
+            if asked in self._objects and ast.unparse(node.comparators[0]) == "None":
+                return ast.UnaryOp(ast.Not(), node.left) if isinstance(node.ops[0], ast.Is) else node.left
+        return node
+
+    def visit_While(self, node: ast.While) -> ast.AST:
+        self.generic_visit(node)
+        node.test = self._truth(node.test)
+        return node
+
+    def visit_IfExp(self, node: ast.IfExp) -> ast.AST:
+        self.generic_visit(node)
+        node.test = self._truth(node.test)
+        return node
+
     def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
         self.generic_visit(node)
+        node.test = self._truth(node.test)
         if ast.unparse(node.test) == "sys.implementation.name == 'micropython'":
             return node.body
         return node
@@ -306,7 +364,9 @@ class Package:
         self._renamed: dict[str, ast.Module] = {}
         self.trees: dict[str, ast.Module] = {}
         for module, path in {**MERGED, **APART}.items():
-            tree = _Plain().visit(ast.parse(path.read_text("utf-8")))
+            tree = _Plain(OBJECTS if module in MERGED else frozenset()).visit(
+                ast.parse(path.read_text("utf-8"))
+            )
             self.trees[module] = tree
         self._place_arguments()
         exports = ast.parse((HERE / "twin_device" / "__init__.py").read_text("utf-8"))
