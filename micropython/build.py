@@ -238,6 +238,7 @@ def foreign() -> set[str]:
     for owner in (
         *modules,
         *vars(builtins).values(),
+        *vars(io).values(),
         asyncio.StreamReader,
         asyncio.StreamWriter,
         asyncio.Task,

@@ -82,6 +82,37 @@ def test_credentials_are_in_memory_only_while_they_are_used(tmp_path):
     assert done.stdout.splitlines() == ["['twin_device']", "no memory", "['twin_device']"], done.stderr
 
 
+STORED = """
+import asyncio, os
+from twin_device import TwinClient
+
+text = "HostName=localhost;DeviceId=d;SharedAccessKey=a2V5"
+
+def make():
+    return TwinClient.from_connection_string(text, tls=False, store=os.getenv("PLACE"), keep_reported=True)
+
+async def main():
+    client = make()
+    await client.report({"a": 1}, wait=False)
+    await client.report({"b": {"c": 2}}, wait=False)
+    await client.close()
+    again = make()
+    print(again.reported, sorted(again.CORE().SHOWN.items()))
+    await again.close()
+
+asyncio.run(main())
+"""
+
+
+def test_a_store_is_written_and_read(builder, tmp_path):
+    package = builder.build(tmp_path)
+    (tmp_path / "program.py").write_text(
+        STORED.replace("SHOWN", package.attributes["target"]).replace("CORE", package.attributes["_core"])
+    )
+    done = run(tmp_path / "program.py", tmp_path, PLACE=str(tmp_path / "twin.json"))
+    assert done.stdout == "{} [('a', 1), ('b', {'c': 2})]\n", done.stderr
+
+
 def face(path, rare=None):
     """The public functions of TwinClient, and what their arguments are called. rare: the rest of them."""
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
