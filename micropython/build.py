@@ -383,6 +383,7 @@ class Package:
         self.places = {name: places.index(place) for place, names in RARE.items() for name in names}
         self.rare: dict[str, list[ast.stmt]] = {place: [] for place in RARE}
         self.methods: set[str] = set()
+        self._bundles: dict[str, dict[str, str]] = collections.defaultdict(dict)
         # Functions that make errors: their numbers by their texts.
         self.makers: dict[str, dict[str, int]] = {place: {} for place in RARE}
         self._mark_rare()
@@ -624,12 +625,23 @@ class Package:
         module = ast.fix_missing_locations(ast.Module([*ast.parse(loader).body, *body], []))
         return "\n".join([*self.imports, ast.unparse(module), ""])
 
+    def bundle(self, source: str, given: list[str]) -> str:
+        """A name for several things of a rare module."""
+        bundles = self._bundles[source]
+        key = ", ".join(given)
+        if key not in bundles:
+            bundles[key] = next(self._short) + str(list(self.rare).index(source))
+            self.located[bundles[key]] = list(self.rare).index(source)
+        return bundles[key]
+
     def apart(self, name: str) -> str:
         """One of the modules that few need."""
         module = self.module(name)
         nodes = [*self._body, *itertools.chain(*self.rare.values()), *self._makers()]
         wanted = {alias.name for one in nodes for alias in _imported(one, name)} | self.exports
         wanted |= _loaded(nodes) & set(self.located)
+        for names, bundle in self._bundles[name].items():
+            module.body += ast.parse(f"{bundle} = ({names},)").body
         while True:
             loaded = _loaded(module.body)
             left = []
@@ -788,17 +800,15 @@ class _Renamer(ast.NodeTransformer):
             self._elsewhere(self._package.maker + str(index)), [ast.Constant(makers[text]), *values], []
         )
 
-    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST | list[ast.Assign] | None:
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST | None:
         if not node.level:
             return node
         source = self._package._source(node)
         if source in RARE:
-            # Only its function has them, until it ends.
-            given = self._package.globals[source]
-            return [
-                ast.Assign([ast.Name(name.name, ast.Store())], self._elsewhere(given[name.name]), lineno=1)
-                for name in node.names
-            ]
+            # Only its function has them, until it ends; all by one name, for each is read by itself.
+            given = [self._package.globals[source][name.name] for name in node.names]
+            wanted = ast.Tuple([ast.Name(name.name, ast.Store()) for name in node.names], ast.Store())
+            return ast.Assign([wanted], self._elsewhere(self._package.bundle(source, given)), lineno=1)
         if source in APART:
             return ast.ImportFrom(source, node.names, 1)
         constants = self._package.constants[source]
