@@ -34,6 +34,7 @@ def test_a_short_soak_breaks_no_promise_and_leaves_a_plot(
     broken = [line for line in printed.splitlines() if line.startswith("broken") and " grew by " not in line]
     assert broken == []
     assert "| memory |" in printed
+    assert "| in use |" in printed
     assert "20 clients for" in printed
     assert "promises broken" in printed.splitlines()[-1]
     assert len(ElementTree.parse(picture).getroot().findall("{*}polyline")) == 3
@@ -46,6 +47,7 @@ GROWING = [
     ("", [replace(one, memory=(30 << 20) if one.seconds < 20 else one.memory) for one in FLAT]),
     ("", [replace(one, descriptors=220 + int(one.seconds) % 3) for one in FLAT]),
     ("memory grew", [replace(one, memory=one.memory + int(one.seconds) * 50_000) for one in FLAT]),
+    ("in use grew", [replace(one, in_use=int(one.seconds) * 20_000) for one in FLAT]),
     ("threads grew", [replace(one, threads=40 + int(one.seconds) // 30) for one in FLAT]),
     ("descriptors grew", [replace(one, descriptors=220 + int(one.seconds) // 10) for one in FLAT]),
 ]
