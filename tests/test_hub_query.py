@@ -288,10 +288,10 @@ def test_a_query_has_a_limit() -> None:
     ["1" * 8000 + "x", "[" * 8000, "[[a" * 2600, "'" + "\\'" * 4000, "a " * 4000, "- " * 4000, "0x" * 4000],
 )
 def test_no_text_takes_long(text: str) -> None:
-    begun = time.perf_counter()
+    begun = time.thread_time()
     with pytest.raises(QueryError):
         parse_condition(text)
-    assert time.perf_counter() - begun < 0.2
+    assert time.thread_time() - begun < 0.2
 
 
 @pytest.mark.parametrize(
