@@ -681,6 +681,7 @@ def test_a_closed_client_says_so(make: Make, device: Device) -> None:
     for call in (client.connect, client.retrieve, lambda: client.report({"a": 1})):
         with pytest.raises(NotConnected):
             call()
+    assert client.ask("run") is None
 
 
 def test_a_refused_report_names_what_the_hub_said(make: Make, hub: LocalHub, device: Device) -> None:

@@ -353,7 +353,12 @@ class TwinClient:
         await self.close()
 
     async def run(self) -> None:
-        """Connect, however long it takes, and return once the client is closed: asyncio.run(client.run())."""
+        """Connect, however long it takes, and return once the client is closed: asyncio.run(client.run()).
+
+        At once if it is closed already, as a handler may have done.
+        """
+        if self._closed:
+            return
         await self.connect(wait=False)
         try:
             while self._watcher is not None:
