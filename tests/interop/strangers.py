@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from tests.hub_wire import METHODS, online, publish
+from tests.waiting import wait_until
 from twin_device.hub import Device, LocalHub
 
 HERE = Path(__file__).parent
@@ -74,13 +75,26 @@ def node(folder: Path, *packages: str) -> Iterator[Path]:
 @contextmanager
 def hub_on(**ports: int | None) -> Iterator[LocalHub]:
     """A hub on the ports that a client insists on; skips where it may not have them."""
-    hub = LocalHub(**ports)
-    try:
-        hub.start()
-    except OSError as error:
-        if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+    why: list[OSError] = []
+
+    def started() -> LocalHub | None:
+        hub = LocalHub(**ports)
+        try:
+            hub.start()
+        except OSError as error:
+            why.append(error)
+            if error.errno == errno.EADDRINUSE:
+                return None
+            if error.errno == errno.EACCES:
+                pytest.skip(f"the client dials this port and no other: {error}")
             raise
-        pytest.skip(f"the client dials this port and no other: {error}")
+        return hub
+
+    try:
+        # Another test run on this machine may have it for a while.
+        hub = wait_until(started, "the port is free")
+    except TimeoutError:
+        pytest.skip(f"the client dials this port and no other: {why[-1]}")
     with hub:
         yield hub
 
