@@ -818,6 +818,21 @@ def test_a_token_that_expires_meanwhile_leads_to_the_form(hub: LocalHub, device:
     expect_cells(page, "interval", "1", NONE, "○not reported")
 
 
+def test_a_refusal_of_an_older_token_is_nobodys_any_more(page: Page) -> None:
+    held: list[Any] = []
+    page.route("**/local/late?*", lambda route: held.append(route))
+    with page.expect_request("**/local/late?*"):
+        page.evaluate(
+            "() => { window.told = import('/page/hub.js').then(m => m.ask('GET', '/local/late'))"
+            ".catch(error => error.message) }"
+        )
+    page.get_by_role("button", name="Sign out").click()
+    page.wait_for_function("() => !sessionStorage.getItem('token')")
+    held[0].fulfill(status=401, body='{"Message": "too late"}')
+    assert page.evaluate("window.told") == "too late"
+    expect(page.locator("#sign-in-error")).to_have_text("")
+
+
 # ---------------------------------------------------------------------- when the hub goes away
 
 

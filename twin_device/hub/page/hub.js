@@ -67,7 +67,8 @@ export function pathOf(collection, id) {
 
 /** Ask the hub; the answer as JSON, null if it is empty. body: JSON as text. Refusal, or Error in words. */
 export async function ask(method, path, { body, etag, within = ANSWER_WITHIN } = {}) {
-  const headers = { Authorization: token() ?? "" };
+  const used = token();
+  const headers = { Authorization: used ?? "" };
   if (body !== undefined) headers["Content-Type"] = "application/json";
   if (etag !== undefined) headers["If-Match"] = etag;
   let answer, text;
@@ -80,7 +81,8 @@ export async function ask(method, path, { body, etag, within = ANSWER_WITHIN } =
   }
   if (!answer.ok) {
     const refusal = new Refusal(answer.status, told(text));
-    if (refusal.status === 401) doubt(path, refusal);
+    // An answer to an older token says nothing of this one, nor to who has signed out.
+    if (refusal.status === 401 && used && used === token()) doubt(path, refusal);
     throw refusal;
   }
   try {
