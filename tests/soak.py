@@ -36,8 +36,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.hostile import resident
+from tests.merge_patch import merged
 from twin_device import ConnectRefused, TwinClient, TwinError, aio
-from twin_device.core.patch import merge
 from twin_device.hub import LocalHub
 
 Document = dict[str, Any]
@@ -102,7 +102,7 @@ class App:
 
     def changed(self, patch: Document, desired: Document) -> None:
         self.calls += 1
-        self.seen = merge(self.seen, patch)
+        self.seen = merged(self.seen, patch)
         if self.seen != desired:
             self.wrong.append(f"the patches lead to {self.seen}, not to {desired}")
 
@@ -115,7 +115,7 @@ class App:
     def next_report(self, chance: random.Random) -> Document:
         value = chance.choice([None, chance.randrange(1000), {"n": chance.randrange(99)}, "y" * 200])
         patch = {f"r{chance.randrange(5)}": value}
-        self.target = merge(self.target, patch)
+        self.target = merged(self.target, patch)
         return patch
 
     def keep(self, report: Any) -> None:

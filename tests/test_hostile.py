@@ -17,11 +17,11 @@ from pytest_mock import MockerFixture
 from tests.aio_app import BlockingClient, LoopThread
 from tests.app import App
 from tests.hostile import DOCUMENT, HostileHub, notification, publish, resident
+from tests.merge_patch import merged
 from tests.waiting import PATIENCE, wait_until
 from twin_device import RemoteError, TwinClient, TwinError, aio
 from twin_device import client as client_module
 from twin_device.core import twin
-from twin_device.core.patch import merge
 from twin_device.shell import _MAX_BYTES, _MAX_CHANGES, _MAX_OTHERS, Pending
 
 MEGABYTE = 1 << 20
@@ -168,7 +168,7 @@ def test_a_flood_of_notifications_stays_in_bounds_and_holds_nothing_up(make: Cal
                 # In asyncio nothing may block; there the handlers before it are slow enough.
                 release.wait(PATIENCE if app.client.__class__ is TwinClient else 0.01)
             calls += 1
-            seen = merge(seen, patch)
+            seen = merged(seen, patch)
             assert seen == desired
 
         app.client.on_desired(slow)
@@ -235,7 +235,7 @@ def changes(count: int, given: dict[str, Any]) -> Iterator[twin.DesiredChanged]:
     for number in range(count):
         key = f"k{number % 5}"
         patch: dict[str, Any] = {key: (None, {"a": {"x": number}}, {"a": {"y": number}}, 7)[number % 4]}
-        desired = merge(desired, patch)
+        desired = merged(desired, patch)
         yield twin.DesiredChanged(patch, desired)
 
 
@@ -251,12 +251,12 @@ def test_changes_that_wait_too_long_join_into_one_exact_patch(taken: int, count:
         if number < taken:
             patch, desired = pending.take()
             assert patch == change.patch
-            shown = merge(shown, patch)
+            shown = merged(shown, patch)
             assert shown == desired
     assert len(pending) <= _MAX_CHANGES
     while pending:
         patch, desired = pending.take()
-        shown = merge(shown, patch)
+        shown = merged(shown, patch)
         assert shown == desired
     assert shown == source[-1].desired
 
@@ -266,7 +266,7 @@ def test_large_changes_are_joined_sooner() -> None:
     desired: dict[str, Any] = {}
     for number in range(100):
         patch = {f"k{number % 3}": "x" * 100_000}
-        desired = merge(desired, patch)
+        desired = merged(desired, patch)
         pending.put(twin.DesiredChanged(patch, desired))
     assert len(pending) * 200_000 < 3 * _MAX_BYTES
 
