@@ -42,20 +42,20 @@ from .core.errors import (
     StoreError,
     TwinError,
 )
-from .core.patch import dumps
 from .shell import (
     FLUSH,
-    IDLE_TIME,
     LOGGED,
-    MAX_ANSWER,
-    MAX_IDLE,
     MAX_PACKET,
     READ_AT_ONCE,
+    Bounds,
+    Broken,
     Document,
     Pending,
     Shell,
     clock,
     copied,
+    framed,
+    packet_at,
 )
 
 if TYPE_CHECKING:
@@ -662,13 +662,13 @@ class TwinClient(Shell):
     def _granted(self, codes: tuple[int, ...]) -> None:
         self._perform(self._twin.subscribed(codes, clock(), random.random()))
 
-    def _received(self, topic: str, payload: bytes) -> bool:
-        """True if the message brought or answered something."""
+    def _received(self, topic: str, payload: bytes) -> list[Any]:
+        """A message has come; what the core makes of it, which has been performed."""
         if _log.isEnabledFor(logging.DEBUG):
             _log.debug("%s <- %s %r", self._credentials.client_id, topic, payload[:LOGGED])
         outputs = self._twin.message_received(topic, payload, clock(), random.random())
         self._perform(outputs)
-        return any(type(output) is not twin.Failed for output in outputs)
+        return outputs
 
     # ------------------------------------------------------------------ the dispatcher task
 
@@ -926,10 +926,8 @@ class _Link:
 
     __slots__ = (
         "_acknowledged",
+        "_bounds",
         "_client",
-        "_heard",
-        "_idle",
-        "_idle_since",
         "_in",
         "_keep_alive",
         "_loop",
@@ -953,9 +951,7 @@ class _Link:
         self._watches_writes = False
         self._acknowledged = False
         self._pinged = False
-        # Packets that neither brought nor answered anything, and since when they are counted; what messages
-        # have brought since desired was measured.
-        self._idle = self._idle_since = self._heard = 0
+        self._bounds = Bounds()
         # When to look after the connection.
         self.due = clock() + self._keep_alive
         self._loop.add_reader(connected, self._readable)
@@ -1004,13 +1000,7 @@ class _Link:
             self._write(_PINGREQ)
 
     def _send(self, kind: int, *parts: bytes) -> None:
-        length = sum(map(len, parts))
-        head = bytearray((kind,))
-        while length > 127:
-            head.append(length & 127 | 128)
-            length >>= 7
-        head.append(length)
-        self._write(head + b"".join(parts))
+        self._write(framed(kind, *parts))
 
     def _write(self, packet: "bytes | bytearray") -> None:
         if self._socket is None:
@@ -1078,6 +1068,9 @@ class _Link:
             return
         try:
             self._take(data)
+        except Broken as error:
+            self._broken(str(error))
+            return
         except Exception as error:  # noqa: BLE001  # a bug costs a reconnect, never the client
             if self._socket is not None:
                 self._client._lose(self._client._unexpected(error))
@@ -1097,35 +1090,16 @@ class _Link:
         start, end = 0, len(data)
         while self._socket is not None:
             if start < end and not self._acknowledged and data[start] != _CONNACK:
-                self._broken("something else before CONNACK")
-                return
-            # 2.2.3: the remaining length, seven bits a byte, the low ones first.
-            length = shift = 0
-            at = start + 1
-            while at < end:
-                byte = data[at]
-                at += 1
-                length |= (byte & 127) << shift
-                if byte < 128:
-                    break
-                shift += 7
-                if shift > 21:
-                    self._broken("a remaining length of more than four bytes")
-                    return
-            else:
+                raise Broken("something else before CONNACK")
+            found = packet_at(data, start)
+            if found is None:
                 self._wanted = 0
                 break
-            head = data[start]
-            if head & 0xF0 != _PUBLISH and length > MAX_ANSWER:
-                self._broken(f"a packet of type {head >> 4} with {length} bytes")
-                return
-            if length > MAX_PACKET:
-                self._broken(f"a packet of {length} bytes")
-                return
-            if end - at < length:
-                self._wanted = at - start + length
+            at, stop = found
+            if stop > end:
+                self._wanted = stop - start
                 break
-            start = at + length
+            head, start = data[start], stop
             self._packet(head, data[at:start])
         if self._socket is not None and start < end:
             self._in += data[start:]
@@ -1135,13 +1109,7 @@ class _Link:
         client = self._client
         # A whole packet is a sign of life; bytes that never make one are not.
         self._pinged = False
-        self._idle += 1
-        if self._idle > MAX_IDLE:
-            now = clock()
-            if now - self._idle_since < IDLE_TIME:
-                self._broken(f"{MAX_IDLE} packets in a row that mean nothing")
-                return
-            self._idle, self._idle_since = 0, now
+        self._bounds.packet()
         if kind == _CONNACK and not self._acknowledged and len(body) == 2:
             self._acknowledged = True
             client._acknowledged(body[1])
@@ -1150,34 +1118,23 @@ class _Link:
         elif kind == _SUBACK and len(body) > 2:
             client._granted(tuple(body[2:]))
         elif kind != _PINGRESP:
-            self._broken(f"a packet of type {head >> 4}")
+            raise Broken(f"a packet of type {head >> 4}")
 
     def _published(self, head: int, body: bytes) -> None:
-        quality = head >> 1 & 3
         at = 2 + int.from_bytes(body[:2], "big")
         topic = body[2:at]
-        if quality:
-            # A session of an earlier program may have subscribed with QoS 1; the hub knows no QoS 2.
+        if head & 0x06:
+            # QoS 1: a session of an earlier program may have subscribed so.
             packet_id, at = body[at : at + 2], at + 2
-            if quality > 1:
-                self._broken(f"a message with QoS {quality}")
-                return
             self._send(_PUBACK, packet_id)
         if at > len(body):
-            self._broken("a message that ends in its topic")
-            return
+            raise Broken("a message that ends in its topic")
         try:
             name = topic.decode()
         except UnicodeDecodeError:
             return
-        if self._client._received(name, body[at:]):
-            self._idle -= 1
-        # Patches that are small enough may still add up to a document that is not.
-        self._heard += len(body)
-        if self._heard > MAX_PACKET:
-            self._heard = len(dumps(self._client._twin.desired))
-            if self._heard > MAX_PACKET:
-                self._broken(f"desired properties of {self._heard} bytes")
+        outputs = self._client._received(name, body[at:])
+        self._bounds.message(len(body), outputs, self._client._twin.desired)
 
     def _broken(self, what: str) -> None:
         """The hub sent what no hub sends: the app is told."""

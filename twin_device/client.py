@@ -40,20 +40,19 @@ from .core.errors import (
     StoreError,
     TwinError,
 )
-from .core.patch import dumps
 from .shell import (
     FLUSH,
-    IDLE_TIME,
     LOGGED,
-    MAX_ANSWER,
-    MAX_IDLE,
-    MAX_PACKET,
     READ_AT_ONCE,
+    Bounds,
+    Broken,
     Document,
     Pending,
     Shell,
     clock,
     copied,
+    framed,
+    packet_at,
 )
 
 if TYPE_CHECKING:
@@ -139,10 +138,6 @@ class _Cancelled(OSError):
     """The client is being disconnected while it dials."""
 
 
-class _Broken(Exception):
-    """What came is no MQTT 3.1.1; the text says what it is."""
-
-
 class _Mqtt(mqtt.Client):
     """paho's client over a socket that was dialled by `dial`.
 
@@ -214,14 +209,7 @@ class _Stream:
     def publish(self, topic: str, payload: bytes) -> None:
         """A PUBLISH at QoS 0 (MQTT 3.1.1, 3.3)."""
         name = topic.encode()
-        length = 2 + len(name) + len(payload)
-        packet = bytearray(b"\x30")
-        while length > 127:
-            packet.append(length & 127 | 128)
-            length >>= 7
-        packet.append(length)
-        packet += len(name).to_bytes(2, "big")
-        self.rest += packet + name + payload
+        self.rest += framed(0x30, len(name).to_bytes(2, "big"), name, payload)
         self.flush()
 
     def flush(self) -> None:
@@ -250,38 +238,15 @@ class _Stream:
 
     def next(self) -> "tuple[bool, bytes] | None":
         """True and the body of a message at QoS 0; False for any other packet, which is paho's to read. None:
-        no packet is whole. Raises _Broken."""
+        no packet is whole. Raises Broken."""
         data = self._in
         end = len(data)
         if end < self._wanted or end < 2:
             return None
-        # 2.2.3: the remaining length, seven bits a byte, the low ones first.
-        length = shift = 0
-        at = 1
-        while at < end:
-            byte = data[at]
-            at += 1
-            length |= (byte & 127) << shift
-            if byte < 128:
-                break
-            shift += 7
-            if shift > 21:
-                raise _Broken("a remaining length of more than four bytes")
-        else:
+        found = packet_at(data, 0)
+        if found is None:
             return None
-        head = data[0]
-        if head & 0xF0 == 0x30:
-            if length > MAX_PACKET:
-                raise _Broken(f"a packet of {length} bytes")
-            if head & 0x04:
-                # paho keeps such a message until it is released; the hub knows no QoS 2.
-                raise _Broken(f"a message with QoS {head >> 1 & 3}")
-        elif head not in (0x20, 0x90, 0xD0):
-            # Neither CONNACK, SUBACK nor PINGRESP.
-            raise _Broken(f"a packet of type {head >> 4}")
-        elif length > MAX_ANSWER:
-            raise _Broken(f"a packet of type {head >> 4} with {length} bytes")
-        self._wanted = at + length
+        at, self._wanted = found
         if end < self._wanted:
             return None
         packet = bytes(data[: self._wanted])
@@ -717,9 +682,7 @@ class _Network(threading.Thread):
         self._misc_at = 0
         # True while the stream holds more, of which the selector knows nothing.
         self._more = False
-        # Packets that neither brought nor answered anything, and since when they are counted; what messages
-        # have brought since desired was measured.
-        self._idle = self._idle_since = self._heard = 0
+        self._bounds = Bounds()
         # Reports whose waiters are woken once this thread goes to sleep: woken earlier, they would only take
         # the processor from it and wait for the interpreter.
         self.to_wake: list[Report] = []
@@ -891,30 +854,22 @@ class _Network(threading.Thread):
                     packet = stream.next()
                     if packet is None:
                         return
-                    self._idle += 1
+                    self._bounds.packet()
                     is_message, body = packet
                     if is_message:
                         self._published(body)
                     elif self._mqtt.unwritten > _MAX_UNWRITTEN:
-                        raise _Broken("messages without reading their answers")
+                        raise Broken("messages without reading their answers")
                     elif self._check(self._mqtt.loop_read()):
                         return
-                    if self._idle > MAX_IDLE:
-                        self._look_at_idle()
-                except _Broken as error:
+                except Broken as error:
                     self._lose(RemoteError(f"the connection was lost: the hub sent {error}"), True)
                     return
-
-    def _look_at_idle(self) -> None:
-        now = clock()
-        if now - self._idle_since < IDLE_TIME:
-            raise _Broken(f"{MAX_IDLE} packets in a row that mean nothing")
-        self._idle, self._idle_since = 0, now
 
     def _published(self, body: bytes) -> None:
         end = 2 + int.from_bytes(body[:2], "big")
         if end > len(body):
-            raise _Broken("a message that ends in its topic")
+            raise Broken("a message that ends in its topic")
         try:
             topic = body[2:end].decode()
         except UnicodeDecodeError:
@@ -927,7 +882,7 @@ class _Network(threading.Thread):
             return False
         self._unwatch()
         if code == MQTTErrorCode.MQTT_ERR_PROTOCOL:
-            raise _Broken("what is no MQTT 3.1.1")
+            raise Broken("what is no MQTT 3.1.1")
         if not self._hang_up_wanted:
             self._lose(RemoteError(f"the connection was lost: {mqtt.error_string(MQTTErrorCode(code))}"))
         return True
@@ -962,7 +917,7 @@ class _Network(threading.Thread):
         self._mqtt.drop()
 
     def _connect(self) -> None:
-        self._idle = self._idle_since = self._heard = 0
+        self._bounds = Bounds()
         client = self._client
         where = client._where
         try:
@@ -1082,16 +1037,7 @@ class _Network(threading.Thread):
             _log.debug("%s <- %s %r", self._client._credentials.client_id, topic, payload[:LOGGED])
         outputs = self._twin.message_received(topic, payload, clock(), random.random())
         self._client._perform(outputs)
-        for output in outputs:
-            if type(output) is not twin.Failed:
-                self._idle -= 1
-                break
-        # Patches that are small enough may still add up to a document that is not.
-        self._heard += len(payload)
-        if self._heard > MAX_PACKET:
-            self._heard = len(dumps(self._twin.desired))
-            if self._heard > MAX_PACKET:
-                raise _Broken(f"desired properties of {self._heard} bytes")
+        self._bounds.message(len(payload), outputs, self._twin.desired)
 
 
 def _told(error: OSError) -> str:

@@ -21,7 +21,7 @@ from . import tls as tls_files
 from .core import settings, twin
 from .core.credentials import Credentials, check_clock, connection_string_fields, decode_key
 from .core.errors import ConnectRefused, LocalError, TwinError
-from .core.patch import diff
+from .core.patch import diff, dumps
 
 if TYPE_CHECKING:
     from queue import SimpleQueue
@@ -45,10 +45,10 @@ READ_AT_ONCE = 16384
 # The hub's largest message has 256 KiB, and a topic of less than 1 KiB. More is no hub's, and must not take
 # this machine's memory.
 MAX_PACKET = (256 + 1) << 10
-MAX_ANSWER = 64  # bytes of a packet that is no message
+_MAX_ANSWER = 64  # bytes of a packet that is no message
 # So many packets within so many milliseconds that neither bring nor answer anything are no hub's.
-MAX_IDLE = 10_000
-IDLE_TIME = 10_000
+_MAX_IDLE = 10_000
+_IDLE_TIME = 10_000
 
 # A handler may be slower than the hub, or hang. Up to these bounds each change of the desired properties
 # waits by itself.
@@ -67,6 +67,86 @@ def copied(document: Any) -> Any:
     """A deep copy of JSON."""
     # The fastest that CPython has.
     return marshal.loads(marshal.dumps(document))  # noqa: S302  # it reads what it has just written
+
+
+class Broken(Exception):
+    """What came is no hub's; the text says what it is."""
+
+
+def framed(head: int, *parts: bytes) -> bytearray:
+    """A packet of MQTT 3.1.1: its first byte, how long the rest is (2.2.3), and the rest."""
+    packet = bytearray((head,))
+    length = sum(map(len, parts))
+    while length > 127:
+        packet.append(length & 127 | 128)
+        length >>= 7
+    packet.append(length)
+    return packet + b"".join(parts)
+
+
+def packet_at(data: "bytes | bytearray", start: int) -> "tuple[int, int] | None":
+    """Where the body of the packet that begins at `start` begins and ends, which may be beyond the data; None
+    as long as not even that is there. Raises Broken for a packet that no hub sends to a client of ours."""
+    # 2.2.3: the remaining length, seven bits a byte, the low ones first.
+    length = shift = 0
+    at, end = start + 1, len(data)
+    while at < end:
+        byte = data[at]
+        at += 1
+        length |= (byte & 127) << shift
+        if byte < 128:
+            break
+        shift += 7
+        if shift > 21:
+            raise Broken("a remaining length of more than four bytes")
+    else:
+        return None
+    head = data[start]
+    if head & 0xF0 == 0x30:
+        if length > MAX_PACKET:
+            raise Broken(f"a packet of {length} bytes")
+        if head & 0x04:
+            # It would have to be kept until it is released; the hub knows no QoS 2.
+            raise Broken(f"a message with QoS {head >> 1 & 3}")
+    elif head not in (0x20, 0x90, 0xD0):
+        # Neither CONNACK, SUBACK nor PINGRESP.
+        raise Broken(f"a packet of type {head >> 4}")
+    elif length > _MAX_ANSWER:
+        raise Broken(f"a packet of type {head >> 4} with {length} bytes")
+    return at, at + length
+
+
+class Bounds:
+    """What one connection brings; raises Broken where no hub brings so much."""
+
+    __slots__ = ("_heard", "_idle", "_since")
+
+    def __init__(self) -> None:
+        # Packets that neither brought nor answered anything, and since when they are counted; bytes of
+        # messages since desired was measured.
+        self._idle = self._since = self._heard = 0
+
+    def packet(self) -> None:
+        """A packet has come."""
+        self._idle += 1
+        if self._idle > _MAX_IDLE:
+            now = clock()
+            if now - self._since < _IDLE_TIME:
+                raise Broken(f"{_MAX_IDLE} packets in a row that mean nothing")
+            self._idle, self._since = 0, now
+
+    def message(self, size: int, outputs: list[Any], desired: Document) -> None:
+        """That packet was a message, of so many bytes; outputs: what the core made of it."""
+        for output in outputs:
+            if type(output) is not twin.Failed:
+                self._idle -= 1
+                break
+        # Patches that are small enough may still add up to a document that is not.
+        self._heard += size
+        if self._heard > MAX_PACKET:
+            self._heard = len(dumps(desired))
+            if self._heard > MAX_PACKET:
+                raise Broken(f"desired properties of {self._heard} bytes")
 
 
 class Shell(ABC):
