@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pytest_mock import MockerFixture
 
 from tests.hub_wire import METHODS, Closed, Wire, connect, online, publish
 from tests.waiting import PATIENCE, wait_until
+from twin_device import cli
 from twin_device.hub import Device, LocalHub
 
 KEY = "MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY="
@@ -466,6 +468,16 @@ def test_watch_prints_a_line_a_change(local_hub: LocalHub, device: Device, as_js
             else:
                 assert text == words
         assert finish(process, signal.SIGINT) == 0
+
+
+@pytest.mark.parametrize(("desired_version", "status"), [(3, 0), (None, 130)])
+def test_watch_may_be_ended_in_the_moment_in_which_it_begins(
+    mocker: MockerFixture, desired_version: int | None, status: int
+) -> None:
+    client = mocker.patch.object(cli, "_client").return_value = mocker.MagicMock()
+    client.desired_version = desired_version
+    client.__enter__.side_effect = KeyboardInterrupt
+    assert cli.main(["watch"]) == status
 
 
 def test_a_token_connects_any_mqtt_client(local_hub: LocalHub) -> None:

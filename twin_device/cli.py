@@ -1061,11 +1061,16 @@ def _watch(options: argparse.Namespace) -> int:
     def failed(error: Exception) -> None:
         _complain(error, 1)
 
-    with client:
-        if not client.desired:
-            # Nothing is no change: no handler was called for it.
-            changed({}, {})
-        client.run_forever()
+    try:
+        with client:
+            if not client.desired:
+                # Nothing is no change: no handler was called for it.
+                changed({}, {})
+            client.run_forever()
+    except KeyboardInterrupt:
+        # What it prints may be seen, and ended, before run_forever() waits for that.
+        if client.desired_version is None:
+            raise
     if broken:
         raise broken[0]
     return 0
