@@ -27,15 +27,16 @@ _INSTALLED_WITHIN = 300
 _OVER_WITHIN = 60
 
 
-def _install(what: str, command: list[str], reason: int) -> None:
-    """reason: which line of its standard error says why it does not install."""
+def _install(what: str, command: list[str]) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_INSTALLED_WITHIN)
     except subprocess.TimeoutExpired:
         pytest.skip(f"{what} does not install here within {_INSTALLED_WITHIN} s")
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        pytest.skip(f"{what} does not install here: {lines[reason]}")
+        # What comes first has led to the others.
+        why = next((line for line in lines if "error" in line.lower()), lines[-1])
+        pytest.skip(f"{what} does not install here: {why.strip()}")
 
 
 @contextmanager
@@ -46,7 +47,7 @@ def python(folder: Path, *packages: str) -> Iterator[str]:
     # uamqp, which azure-iot-hub needs, takes minutes to build.
     pip = [interpreter, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     try:
-        _install(packages[0], [*pip, "--only-binary", "uamqp", *packages], reason=-1)
+        _install(packages[0], [*pip, "--only-binary", "uamqp", *packages])
         yield interpreter
     finally:
         # pytest keeps the folders of three runs.
@@ -66,7 +67,7 @@ def node(folder: Path, *packages: str) -> Iterator[Path]:
     # By itself it waits a minute and more for a network that is not there.
     options += ["--fetch-retries", "1", "--fetch-retry-mintimeout", "1000"]
     try:
-        _install(packages[0], [npm, "install", *options, *packages], reason=0)
+        _install(packages[0], [npm, "install", *options, *packages])
         yield folder / "node_modules"
     finally:
         shutil.rmtree(folder, ignore_errors=True)
