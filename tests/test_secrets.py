@@ -140,6 +140,13 @@ def test_a_board_is_read(capfd: pytest.CaptureFixture[str]) -> None:
     assert {one.partition(" ")[0] for one in leaks.found()} == {"stdout", "err,"}
 
 
+@pytest.mark.parametrize(("arguments", "ours"), [(["-m pip install x"], False), (["pipes"], True)])
+def test_pip_is_left_alone(arguments: list[str], ours: bool) -> None:
+    program = f"import os; print({leaks.FOLDER!r} in os.environ)"
+    done = subprocess.run([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True)
+    assert done.stdout == f"{ours}\n"
+
+
 def test_what_asyncio_starts_is_read() -> None:
     async def play() -> bytes:
         process = await asyncio.create_subprocess_exec(

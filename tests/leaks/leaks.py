@@ -58,6 +58,10 @@ EXEMPT = (
 )
 
 
+# It parts what it builds from all else by a sitecustomize of its own, which ours would hide.
+_PIP = re.compile(r"-m pip\b")
+
+
 def is_exempt(command: str) -> bool:
     """Whether this command's stdout may hold secrets. Its stderr and its logs never may."""
     return any(re.search(one.command, command) for one in EXEMPT)
@@ -191,11 +195,12 @@ class _Popen(subprocess.Popen[Any]):
     def __init__(self, args: Any, *more: Any, **options: Any) -> None:
         command = args if isinstance(args, (str, bytes)) else " ".join(map(os.fsdecode, args))
         self._command = os.fsdecode(command)
-        environment = dict(os.environ if options.get("env") is None else options["env"])
-        path = [os.path.dirname(os.path.abspath(__file__)), environment.get("PYTHONPATH", "")]
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
-        environment[FOLDER] = str(_State.folder)
-        options["env"] = environment
+        if not _PIP.search(self._command):
+            environment = dict(os.environ if options.get("env") is None else options["env"])
+            path = [os.path.dirname(os.path.abspath(__file__)), environment.get("PYTHONPATH", "")]
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+            environment[FOLDER] = str(_State.folder)
+            options["env"] = environment
         if "asyncio.subprocess" in sys.modules and not _State.reads_asyncio:
             # Not imported for this: programs differ in whether they have it.
             _State.reads_asyncio = True
