@@ -585,11 +585,13 @@ def test_a_power_cut_at_any_moment_leaves_the_old_or_the_new(package: Path, tmp_
             env={"MICROPYPATH": f"{package}:.frozen"},
         ) as process:
             assert process.stdout is not None
-            number, error = process.stdout.readline().split()
-            assert (error, int(number) >= last) == ("None", True)
-            last = int(number)
-            threading.Event().wait(0.003 * (cut % 10 + 1))
-            process.kill()
+            try:
+                number, error = process.stdout.readline().split()
+                assert (error, int(number) >= last) == ("None", True)
+                last = int(number)
+                threading.Event().wait(0.003 * (cut % 10 + 1))
+            finally:
+                process.kill()
     assert last > 25
 
 
