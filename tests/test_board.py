@@ -595,6 +595,46 @@ def test_a_power_cut_at_any_moment_leaves_the_old_or_the_new(package: Path, tmp_
     assert last > 25
 
 
+@pytest.mark.parametrize("made", [stage, build], ids=["sources", "built"])
+def test_a_first_write_that_was_cut_has_kept_nothing_and_is_no_damage(
+    made: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    """There is no document yet: what is half is nothing, and what is whole counts, for FAT cannot replace."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os\n"
+        "from twin_device.store import FileStore\n"
+        "def put(data):\n"
+        "    with open('twin.json.new', 'wb') as file:\n"
+        "        file.write(data)\n"
+        "store = FileStore('twin.json', 0)\n"
+        "store.load('me')\n"
+        "store.keep({'n': 1}, None, [], 0)\n"
+        "with open('twin.json', 'rb') as file:\n"
+        "    whole = file.read()\n"
+        "os.remove('twin.json')\n"
+        "for end in range(len(whole) + 1):\n"
+        "    put(whole[:end])\n"
+        "    store = FileStore('twin.json', 0)\n"
+        "    found, error = store.load('me')\n"
+        "    assert error is None, (end, error)\n"
+        "    expected = (None, None, None) if end < len(whole) else ({'n': 1}, None, [])\n"
+        "    assert found == expected, (end, found)\n"
+        "    assert sorted(os.listdir()) == ['program.py', 'twin.json.new'], os.listdir()\n"
+        "print(FileStore('twin.json', 0).load('other')[1], sorted(os.listdir()))\n"
+        "put(whole[:20])\n"
+        "store = FileStore('twin.json', 0)\n"
+        "print(store.load('me'), store.keep({'n': 2}, None, [], 0))\n"
+        "print(FileStore('twin.json', 0).load('me'), sorted(os.listdir()))\n"
+    )
+    done = run(program, made(tmp_path.parent / f"{tmp_path.name}-package"), cwd=tmp_path)
+    assert done.stdout.splitlines() == [
+        "store twin.json was set aside: it is another identity's ['program.py', 'twin.json.corrupt']",
+        "((None, None, None), None) None",
+        "(({'n': 2}, None, []), None) ['program.py', 'twin.json', 'twin.json.corrupt']",
+    ], done.stderr
+
+
 def test_an_esp32_keeps_it_in_its_nvs(package: Path, tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(

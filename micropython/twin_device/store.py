@@ -22,7 +22,8 @@ _NOTHING = (None, None, None)
 
 
 class FileStore:
-    """A store in a file; `path` is old or new whenever the power goes, `path`.new is meaningless.
+    """A store in a file; `path` is old or new whenever the power goes. `path`.new is only read where there is
+    no `path`: FAT cannot replace a file, so the power may go when the old one is away.
 
     seconds: a change is written so long after the last write at the earliest, since flash wears: 60 is half
     a million writes a year at the most. What the app reports just before a power cut may be lost so; 0
@@ -110,7 +111,7 @@ class FileStore:
         try:
             os.rename(new, self._path)
         except OSError:
-            # FAT does not replace a file; load() looks for the new one, too.
+            # FAT.
             os.remove(self._path)
             os.rename(new, self._path)
 
@@ -133,6 +134,9 @@ class FileStore:
                     break
                 total = binascii.crc32(data, total)
             if head != b"%08x\n" % total:
+                if path != self._path:
+                    # The very first write was cut: nothing had been kept.
+                    return None
                 raise ValueError("it is damaged")
             self._sum = total
             file.seek(_HEAD)
@@ -140,10 +144,12 @@ class FileStore:
 
     def _set_aside(self, why: str) -> StoreError:
         self._sum = None
-        try:
-            os.rename(self._path, self._path + ".corrupt")
-        except OSError:
-            pass
+        for end in ("", ".new"):
+            try:
+                os.rename(self._path + end, self._path + ".corrupt")
+                break
+            except OSError:
+                pass
         return StoreError("store " + self._path + " was set aside: " + why)
 
 
