@@ -37,6 +37,7 @@ CORE = HERE.parent / "twin_device" / "core"
 # In the order of who needs whom.
 MERGED = {
     "core.errors": CORE / "errors.py",
+    "core.credentials": CORE / "credentials.py",
     "core.topics": CORE / "topics.py",
     "core.patch": CORE / "patch.py",
     "core.stream": CORE / "stream.py",
@@ -46,7 +47,6 @@ MERGED = {
 }
 # Loaded by the apps that need them; what is of RARE, too, is forgotten: every app begins connections with it.
 APART = {
-    "credentials": CORE / "credentials.py",
     "settings": CORE / "settings.py",
     "store": HERE / "twin_device" / "store.py",
 }
@@ -100,6 +100,8 @@ RARE: dict[str, tuple[str, ...]] = {
         "_Link._broken",
         "_Link._break",
         "_reason",
+        "_Link._unset",
+        "clock_unset",
         "TwinClient._without_network",
     ),
     "refused": (
@@ -125,8 +127,14 @@ RARE: dict[str, tuple[str, ...]] = {
         "Twin._gather",
         "Twin._ask",
     ),
-    "identity": (),
-    "credentials": (),
+    "identity": (
+        "_connection_string_fields",
+        "_identify",
+        "decode_key",
+        "_check_id",
+        "_split_port",
+        "_foreign",
+    ),
     "handed": ("_Link._property",),
     "errors": (
         "LocalError",
@@ -146,7 +154,7 @@ WORDS = {
     "core.twin": "refused",
     "mqtt": "words",
     "client": "words",
-    "credentials": "identity",
+    "core.credentials": "identity",
 }
 # Errors of every day, and those for which there is no memory to look: they are made where they are raised.
 ORDINARY = (

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from twin_device.core import credentials as module
 from twin_device.core.credentials import (
     Credentials,
     decode_key,
@@ -309,6 +310,92 @@ def test_what_is_no_base64_is_no_key(text):
 @given(st.binary(min_size=1, max_size=70))
 def test_every_base64_key_decodes(key):
     assert decode_key(base64.b64encode(key).decode()) == key
+
+
+# ---------------------------------------------------------------------- what is ordinary is read at a glance
+
+
+@pytest.mark.parametrize("key", [KEY, KEY + b"!", KEY + b"!!", b"k"], ids=len)
+@pytest.mark.parametrize("device_id", ["dev-1", "A_z.0~9", "x" * 128])
+def test_the_ordinary_needs_no_thorough_reading(monkeypatch, key, device_id):
+    for name in ("_connection_string_fields", "_identify", "decode_key"):
+        monkeypatch.delattr(module, name)
+    text = f"HostName={HOST};DeviceId={device_id};SharedAccessKey={base64.b64encode(key).decode()}"
+    credentials = from_connection_string(text)
+    assert (credentials.host, credentials.dialled, credentials.port) == (HOST, HOST, None)
+    assert (credentials.client_id, credentials.key) == (device_id, key)
+
+
+def outcome(function, *arguments):
+    try:
+        return function(*arguments)
+    except LocalError as error:
+        return str(error)
+
+
+# What stands in the place of a part of an ordinary connection string.
+UNUSUAL = [
+    ("HostName=", "Hostname="),
+    ("HostName=", "GatewayHostName="),
+    ("HostName=", "="),
+    ("HostName=", ""),
+    ("DeviceId=", "ModuleId="),
+    ("DeviceId=", "DeviceId"),
+    ("SharedAccessKey=", "SharedAccessSignature="),
+    ("SharedAccessKey=", "x509=true;SharedAccessKey="),
+    (HOST, ""),
+    (HOST, HOST + " "),
+    (HOST, HOST + ";" + HOST),
+    (HOST, HOST + ";HostName=" + HOST),
+    ("dev-1", ""),
+    ("dev-1", "a=b"),
+    ("dev-1", "a;b"),
+    ("dev-1", "a b"),
+    ("dev-1", "\ta"),
+    (TEXT, ""),
+    (TEXT, TEXT + "\n"),
+    (TEXT, TEXT + ";"),
+    (TEXT, TEXT + ";ModuleId=m"),
+    (TEXT, TEXT + ";SharedAccessKeyName=p"),
+]
+
+
+def without_none(fields):
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+@pytest.mark.parametrize(("part", "other"), [("", ""), *UNUSUAL], ids=repr)
+def test_a_connection_string_is_the_same_at_a_glance_and_read_thoroughly(part, other):
+    text = DEVICE.replace(part, other) if part else DEVICE
+    both = [
+        outcome(read, text) for read in (module.connection_string_fields, module._connection_string_fields)
+    ]
+    found, thorough = (without_none(each) if isinstance(each, dict) else each for each in both)
+    assert found == thorough
+
+
+ODD = ["a/b", "a b", "a%2Fb", "a%b", "é", "\udc80", "", "x" * 129]
+IDENTITIES = [
+    {},
+    *({"host": host} for host in (*ODD, "h:1", "[::1]", "https://h", "h:")),
+    *({"device_id": device_id} for device_id in (*ODD, *BAD_IDS, "a:b+c")),
+    *({"module_id": module_id} for module_id in ("m", "", "a/b")),
+    *({"key": key} for key in (*BAD_KEYS, "QR==", "\udc80", KEY, b"", None)),
+    *({"gateway": gateway} for gateway in ("edge", "edge:1", "", "a/b")),
+]
+
+
+@pytest.mark.parametrize("fields", IDENTITIES, ids=repr)
+def test_an_identity_is_the_same_at_a_glance_and_read_thoroughly(fields):
+    given = {"host": HOST, "device_id": "dev-1", "module_id": None, "key": TEXT, "gateway": None, **fields}
+    assert outcome(module.identify, *given.values()) == outcome(module._identify, *given.values())
+
+
+@FIXED
+@given(st.text(), st.text(), st.binary().map(base64.b64encode).map(bytes.decode) | st.text())
+def test_any_identity_is_the_same_at_a_glance_and_read_thoroughly(host, device_id, key):
+    given = (host, device_id, None, key, None)
+    assert outcome(module.identify, *given) == outcome(module._identify, *given)
 
 
 def test_the_key_never_shows():

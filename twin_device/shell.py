@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from . import __version__
 from . import tls as tls_files
 from .core import settings, twin
-from .core.credentials import Credentials, check_clock, connection_string_fields, decode_key
+from .core.credentials import MADE, Credentials, clock_unset, connection_string_fields
 from .core.errors import ConnectRefused, LocalError, TwinError
 from .core.patch import diff, dumps
 
@@ -216,7 +216,6 @@ class Shell(ABC):
             raise LocalError("a certificate needs tls")
         if isinstance(certificate, ssl.SSLContext) and ca_file is not None:
             raise LocalError("ca_file: the context that is given as certificate says whom to trust")
-        key = decode_key(key) if isinstance(key, str) else key
         credentials = Credentials(host, device_id, module_id, key, gateway, policy=policy)
         self._credentials = credentials
         self._host = credentials.dialled
@@ -385,7 +384,8 @@ class Shell(ABC):
     def _before_dial(self) -> None:
         """What has to be right before each dial. Raises ConnectRefused."""
         try:
-            check_clock(int(time.time()), time.strftime("%Y-%m-%d", time.gmtime()))
+            if time.time() < MADE:
+                raise clock_unset(time.strftime("%Y-%m-%d", time.gmtime()))
             if self._tls:
                 # Anew each time: files that were replaced, as certificates are, count from the next dial on.
                 self._context = tls_files.context(self._ca_file, self._certificate)

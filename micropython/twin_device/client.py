@@ -14,6 +14,14 @@ import os
 import random
 import time
 
+from .core.credentials import (
+    MADE,
+    clock_unset,
+    connection_string_fields,
+    identify,
+    sas_token,
+    user_name,
+)
 from .core.errors import (
     ConnectRefused,
     LocalError,
@@ -135,34 +143,27 @@ class TwinClient:
         keep_reported: "bool | None" = None,
         is_online: object = None,
     ) -> None:
-        from .core.credentials import Credentials, decode_key
-
         if not 1 <= keep_alive <= _MAX_KEEP_ALIVE:
             raise LocalError("keep_alive is from 1 to 1177 seconds")
         if timeout <= 0 or token_lifetime <= 0:
             raise LocalError("timeout and token_lifetime are positive numbers of seconds")
         if tls and not ca_file:
             raise LocalError("ca_file is missing: a board has no trust store of its own")
-        if isinstance(key, str):
-            key = decode_key(key)
-        # Not the credentials themselves: their module need not be in memory but to begin a connection.
-        self._identity = (host, device_id, module_id, key, gateway, None, policy)
-        credentials = Credentials(*self._identity)
-        self._dialled = credentials.dialled
-        self._client_id = credentials.client_id
-        self._whose = credentials.host + "/" + credentials.client_id
+        self._whose, self._resource, self._key, self._dialled, its_port = identify(
+            host, device_id, module_id, key, gateway
+        )
+        self._policy = policy
         if port == 8883:
-            port = credentials.port or (8883 if tls else 1883)
+            port = its_port or (8883 if tls else 1883)
         self._port = port
         self._ca_files = (ca_file,) if isinstance(ca_file, str) else ca_file
         self._context = None
         self._tls = tls
         self._keep_alive = keep_alive
         self._timeout = timeout
-        self._user_name = credentials.user_name(
-            product_info or "twin-device-micropython/" + _VERSION, model_id
+        self._user_name = user_name(
+            self._whose, product_info or "twin-device-micropython/" + _VERSION, model_id
         )
-        credentials = Credentials = decode_key = None  # with them their module goes
         self._token_lifetime = int(token_lifetime)
         self._store = store
         self._keep = keep
@@ -190,10 +191,7 @@ class TwinClient:
     @classmethod
     def from_connection_string(cls, text: str, **options: object) -> "TwinClient":
         """The client of a device's or module's connection string. LocalError names the malformed part."""
-        from .core.credentials import connection_string_fields
-
         options.update(connection_string_fields(text))
-        connection_string_fields = None  # with it its module goes
         return cls(**options)
 
     # ------------------------------------------------------------------ what the app knows
@@ -700,15 +698,18 @@ class _Link:
 
     def _hello(self) -> bytes:
         """The CONNECT packet; ConnectRefused if the clock cannot be right."""
-        from .core.credentials import Credentials, check_clock
-
         client = self._client
         now = int(time.time())
         if time.gmtime(0)[0] == 2000:
             now += 946684800
-        check_clock(now, str(time.gmtime()[0]))
-        password = Credentials(*client._identity).password(now + client._token_lifetime)
-        return connect(client._client_id, client._user_name, password, client._keep_alive)
+        if now < MADE:
+            self._unset()
+        expiry = now + client._token_lifetime
+        password = client._key and sas_token(client._resource, client._key, expiry, client._policy)
+        return connect(client._whose.partition("/")[2], client._user_name, password, client._keep_alive)
+
+    def _unset(self) -> None:
+        raise clock_unset(str(time.gmtime()[0]))
 
     def end(self) -> None:
         """Let go of the connection; the client is not told."""

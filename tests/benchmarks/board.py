@@ -28,7 +28,7 @@ PATCHES = 20
 RECONNECTS = 3
 MOST_MPY = 14 * 1024
 # That budget does not hold yet: what is needed today, so that nothing grows unnoticed.
-MPY_TODAY = 18900
+MPY_TODAY = 17265
 PATIENCE = 3  # seconds without any progress: it hangs for want of memory
 
 
@@ -112,9 +112,12 @@ class Bench:
         if opened is not None:
             environment.update(MICROPYPATH=".frozen", WATCH=str(self._folder / "mpy"))
         if case.tls:
-            environment.update(DEVICE=device.connection_string, CA=self._ca)
+            text, port = device.connection_string, self._hub.mqtts_port
+            environment["CA"] = self._ca
         else:
-            environment.update(DEVICE=device.plaintext_connection_string)
+            text, port = device.plaintext_connection_string, self._hub.mqtt_port
+        # An IoT hub's connection string has no port.
+        environment.update(DEVICE=text.replace(f":{port};", ";"), PORT=str(port))
         if case.keep is not None:
             environment["KEEP"] = case.keep
         if case.hand_on:

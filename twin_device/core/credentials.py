@@ -2,6 +2,10 @@
 
 Sources: IoT Hub, "Control access with shared access signatures" and "Communicate with an IoT hub using the
 MQTT protocol".
+
+What is ordinary is taken at a glance: a connection string as the hub hands it out, plain names, a key. All
+else is read by the function of the same name with a _, which says what cannot be right; a board has that in
+its flash, and reads it when it is needed.
 """
 
 import binascii
@@ -13,30 +17,18 @@ API_VERSION = "2021-04-12"
 # Unix seconds: 2026-11-01. What a clock says is before this version was made, it cannot be right.
 MADE = 1793491200
 
-_DIGITS = "0123456789"
-_LETTERS_AND_DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz" + _DIGITS
-_UNRESERVED = _LETTERS_AND_DIGITS + "-._~"
-_ID_SIGNS = "-:.+%_#*?!(),=@;$'"
-_NAMES = (
-    "HostName",
-    "DeviceId",
-    "ModuleId",
-    "SharedAccessKey",
-    "SharedAccessKeyName",
-    "GatewayHostName",
-    "SharedAccessSignature",
-    "x509",
-)
-
 
 class Credentials:
     """A device's or module's identity and its key. The key never shows in repr.
 
     host: the hub's name as user name and token carry it, without port. device_id, module_id: str, None for a
-    device's own identity. key: bytes, already decoded; None where a certificate stands for it. gateway: the
-    name to dial instead of host. port: int, or None where the connection string has none. policy: the name
-    of the hub's policy whose key it is, None for the identity's own key.
+    device's own identity. key: bytes, or str as connection strings have it (base64); None where a certificate
+    stands for it. gateway: the name to dial instead of host. port: int, None for the one given with the name,
+    if any. policy: the name of the hub's policy whose key it is, None for the identity's own key.
     LocalError names the part that cannot be right.
+
+    dialled: the host name to connect to, and to find in the hub's certificate. client_id: CONNECT's client
+    identifier; ids are never percent-encoded.
     """
 
     def __init__(
@@ -44,66 +36,31 @@ class Credentials:
         host: str,
         device_id: str,
         module_id: "str | None" = None,
-        key: "bytes | None" = None,
+        key: "str | bytes | None" = None,
         gateway: "str | None" = None,
         port: "int | None" = None,
         policy: "str | None" = None,
     ) -> None:
-        _check_id("DeviceId", device_id)
-        if module_id is not None:
-            _check_id("ModuleId", module_id)
-        self.host, host_port = _split_port("HostName", host)
-        self.gateway = None
-        if gateway is not None:
-            # The port that is dialled is the one of the name that is dialled.
-            self.gateway, host_port = _split_port("GatewayHostName", gateway)
-        self.port = host_port if port is None else port
+        whose, self._resource, self.key, self.dialled, its_port = identify(
+            host, device_id, module_id, key, gateway
+        )
+        self._whose = whose
+        self.host, _, self.client_id = whose.partition("/")
+        self.port = its_port if port is None else port
         self.device_id = device_id
         self.module_id = module_id
         self.policy = policy
-        self.key = key
 
     def __repr__(self) -> str:
         return "Credentials(" + self.host + ", " + self.client_id + ")"
 
-    @property
-    def client_id(self) -> str:
-        """CONNECT's client identifier. Ids are never percent-encoded."""
-        return self.device_id if self.module_id is None else self.device_id + "/" + self.module_id
-
-    @property
-    def dialled(self) -> str:
-        """The host name to connect to, and to find in the hub's certificate."""
-        return self.gateway or self.host
-
     def user_name(self, product_info: str = "", model_id: "str | None" = None) -> str:
         """CONNECT's user name. model_id: the device's DTMI (IoT Plug and Play)."""
-        text = self.host + "/" + self.client_id + "/?api-version=" + API_VERSION
-        if product_info:
-            text += "&DeviceClientType=" + percent_encode(product_info)
-        if model_id:
-            text += "&model-id=" + percent_encode(model_id)
-        return text
+        return user_name(self._whose, product_info, model_id)
 
     def password(self, expiry: int) -> str:
         """CONNECT's password: a SAS token that is good until expiry (Unix seconds, UTC); "" without a key."""
-        if self.key is None:
-            return ""
-        resource = self.host + "/devices/" + self.device_id
-        if self.module_id is not None:
-            resource += "/modules/" + self.module_id
-        return sas_token(resource, self.key, expiry, self.policy)
-
-
-def check_clock(now: int, date: str) -> None:
-    """Raise ConnectRefused if a clock cannot be right, by which a token or a certificate is to be dated.
-
-    now: what it says, in Unix seconds; date: the same, for a person.
-    """
-    if now < MADE:
-        raise ConnectRefused(
-            "the clock is not set, it says " + date + ", before this version was made: set it, by NTP", False
-        )
+        return "" if self.key is None else sas_token(self._resource, self.key, expiry, self.policy)
 
 
 def from_connection_string(text: str) -> Credentials:
@@ -117,6 +74,25 @@ def from_connection_string(text: str) -> Credentials:
 
 def connection_string_fields(text: str) -> "dict[str, object]":
     """The arguments of Credentials that a connection string stands for. Raises as from_connection_string."""
+    parts = [part.partition("=") for part in str(text).split(";")]
+    names, _, values = zip(*parts)  # noqa: B905  # MicroPython's zip has no strict
+    if names == ("HostName", "DeviceId", "SharedAccessKey") and "" not in values and text.split() == [text]:
+        return {"host": values[0], "device_id": values[1], "key": values[2]}
+    return _connection_string_fields(text)
+
+
+def _connection_string_fields(text: str) -> "dict[str, object]":
+    """Any other: its parts in any order and case, with blanks, those that are optional, and what is wrong."""
+    known = (
+        "HostName",
+        "DeviceId",
+        "ModuleId",
+        "SharedAccessKey",
+        "SharedAccessKeyName",
+        "GatewayHostName",
+        "SharedAccessSignature",
+        "x509",
+    )
     if not isinstance(text, str) or not text.strip():
         raise LocalError("the connection string is empty")
     where = " in the connection string"
@@ -126,14 +102,12 @@ def connection_string_fields(text: str) -> "dict[str, object]":
         if not part:
             continue
         given, equals, value = part.partition("=")
-        name = None
-        for known in _NAMES:
-            if known.lower() == given.strip().lower():
-                name = known
-        if name is None or not equals:
+        alike = [name for name in known if name.lower() == given.strip().lower()]
+        if not alike or not equals:
             raise LocalError(
-                "part " + str(index + 1) + " of the connection string is not one of " + ", ".join(_NAMES)
+                "part " + str(index + 1) + " of the connection string is not one of " + ", ".join(known)
             )
+        name = alike[0]
         if name in values:
             raise LocalError(name + " appears twice" + where)
         value = value.strip()
@@ -155,27 +129,96 @@ def connection_string_fields(text: str) -> "dict[str, object]":
         "host": values["HostName"],
         "device_id": values["DeviceId"],
         "module_id": values.get("ModuleId"),
-        "key": None if certified else decode_key(values["SharedAccessKey"]),
+        "key": None if certified else values["SharedAccessKey"],
         "gateway": values.get("GatewayHostName"),
         "policy": values.get("SharedAccessKeyName"),
     }
 
 
+def identify(
+    host: str,
+    device_id: str,
+    module_id: "str | None" = None,
+    key: "str | bytes | None" = None,
+    gateway: "str | None" = None,
+) -> "tuple[str, str, bytes | None, str, int | None]":
+    """An identity, checked: whose, resource, key, dialled, port. Arguments and LocalError as Credentials.
+
+    whose: "host/device_id" or "host/device_id/module_id". resource: what sas_token() takes. key: bytes or
+    None. dialled: as of Credentials. port: that of the name that is dialled, None where it has none.
+    """
+    # An id has 128 characters at the most.
+    whose = "%s/%.128s" % (host, device_id)
+    if host and device_id and key and module_id is None and gateway is None:
+        try:
+            encoded = key.encode()  # type: ignore[union-attr]  # a key of bytes ends here
+            decoded = binascii.a2b_base64(encoded)
+            plain = percent_encode(whose).split("%2F") == [host, device_id]
+            if plain and binascii.b2a_base64(decoded).strip() == encoded:
+                return whose, whose.replace("/", "/devices/"), decoded, host, None
+        except Exception:  # noqa: BLE001, S110  # which it is depends on the binascii; the thorough reading tells
+            pass
+    return _identify(host, device_id, module_id, key, gateway)
+
+
+def _identify(
+    host: str, device_id: str, module_id: "str | None", key: "str | bytes | None", gateway: "str | None"
+) -> "tuple[str, str, bytes | None, str, int | None]":
+    """Any other: a port, an IPv6 address, signs to encode, a module, a gateway, no key, and what is wrong."""
+    if isinstance(key, str):
+        key = decode_key(key)
+    _check_id("DeviceId", device_id)
+    if module_id is not None:
+        _check_id("ModuleId", module_id)
+    host, port = _split_port("HostName", host)
+    dialled = host
+    if gateway is not None:
+        # The port that is dialled is the one of the name that is dialled.
+        dialled, port = _split_port("GatewayHostName", gateway)
+    whose = host + "/" + device_id
+    resource = host + "/devices/" + device_id
+    if module_id is not None:
+        whose += "/" + module_id
+        resource += "/modules/" + module_id
+    return whose, resource, key, dialled, port
+
+
 def decode_key(text: str) -> bytes:
     """The bytes of a SharedAccessKey (base64). LocalError, without the text, if it is none."""
+    alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
     body = text.rstrip("=")
-    if not body or len(text) % 4 or len(text) - len(body) > 2 or _foreign(body, _LETTERS_AND_DIGITS + "+/"):
+    if not body or len(text) % 4 or len(text) - len(body) > 2 or body.strip(alphabet):
         raise LocalError("SharedAccessKey is not base64: is it cut off, or percent-encoded?")
     return binascii.a2b_base64(text.encode())
+
+
+def clock_unset(date: str) -> ConnectRefused:
+    """The error of a clock that says a time before MADE, by which a token or a certificate is to be dated.
+
+    date: what it says, for a person.
+    """
+    return ConnectRefused(
+        "the clock is not set, it says " + date + ", before this version was made: set it, by NTP", False
+    )
+
+
+def user_name(whose: str, product_info: str = "", model_id: "str | None" = None) -> str:
+    """CONNECT's user name. whose: of identify(). model_id: the device's DTMI (IoT Plug and Play)."""
+    text = whose + "/?api-version=" + API_VERSION
+    if product_info:
+        text += "&DeviceClientType=" + percent_encode(product_info)
+    if model_id:
+        text += "&model-id=" + percent_encode(model_id)
+    return text
 
 
 def sas_token(resource: str, key: bytes, expiry: int, policy: "str | None" = None) -> str:
     """A shared access signature for resource ("{host}/devices/{id}"), good until expiry (Unix seconds)."""
     encoded = percent_encode(resource)
-    signature = hmac_sha256(key, (encoded + "\n" + str(expiry)).encode())
-    text = "SharedAccessSignature sr=" + encoded
-    text += "&sig=" + percent_encode(binascii.b2a_base64(signature).decode().strip())
-    text += "&se=" + str(expiry)
+    signature = hmac_sha256(key, "{}\n{}".format(encoded, expiry).encode())
+    text = "SharedAccessSignature sr={}&sig={}&se={}".format(
+        encoded, percent_encode(binascii.b2a_base64(signature).decode().strip()), expiry
+    )
     if policy:
         text += "&skn=" + percent_encode(policy)
     return text
@@ -185,22 +228,26 @@ def hmac_sha256(key: bytes, message: bytes) -> bytes:
     """RFC 2104 with SHA-256, 32 bytes. MicroPython has no hmac."""
     if len(key) > 64:
         key = hashlib.sha256(key).digest()
-    key = key + bytes(64 - len(key))
-    inner = hashlib.sha256(bytes([byte ^ 0x36 for byte in key]) + message).digest()
-    return hashlib.sha256(bytes([byte ^ 0x5C for byte in key]) + inner).digest()
+    key += bytes(64 - len(key))
+    for pad in b"\x36\x5c":
+        message = hashlib.sha256(bytes([byte ^ pad for byte in key]) + message).digest()
+    return message
 
 
 def percent_encode(text: str) -> str:
     """RFC 3986 with no safe characters but the unreserved ones; upper-case hex, as every SDK writes it."""
     encoded = ""
     for byte in text.encode():
-        character = chr(byte)
-        encoded += character if character in _UNRESERVED else "%{:02X}".format(byte)
+        sign = bytes((byte,))
+        # Of bytes, only ASCII's letters are letters.
+        unreserved = sign.isalpha() or sign.isdigit() or sign in b"-._~"
+        encoded += chr(byte) if unreserved else "%%%02X" % byte
     return encoded
 
 
-def _foreign(text: str, allowed: str) -> str:
-    """The first character that is not allowed; "" if there is none."""
+def _foreign(text: str, signs: str) -> str:
+    """The first character that is neither unreserved (RFC 3986) nor one of signs; "" if there is none."""
+    allowed = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~" + signs
     for character in text:
         if character not in allowed:
             return character
@@ -210,7 +257,7 @@ def _foreign(text: str, allowed: str) -> str:
 def _check_id(name: str, value: object) -> None:
     if not isinstance(value, str) or not value or len(value) > 128:
         raise LocalError(name + " must be 1 to 128 characters")
-    foreign = _foreign(value, _UNRESERVED + _ID_SIGNS)
+    foreign = _foreign(value, ":+%#*?!(),=@;$'")
     if foreign:
         raise LocalError(name + " has a character that IoT Hub does not allow: " + repr(foreign))
 
@@ -230,10 +277,10 @@ def _split_port(name: str, host: str) -> "tuple[str, int | None]":
     else:
         digits = None
     if digits is not None:
-        port = 0 if not digits or len(digits) > 5 or _foreign(digits, _DIGITS) else int(digits)
+        port = 0 if not digits or len(digits) > 5 or digits.strip("0123456789") else int(digits)
         if not 0 < port < 65536:
             raise LocalError(name + " has a port that is not a number from 1 to 65535")
-    foreign = _foreign(host, _UNRESERVED + ":")
+    foreign = _foreign(host, ":")
     if foreign:
         raise LocalError(name + " has a character that no host name has: " + repr(foreign))
     if not host:
