@@ -131,6 +131,12 @@ def face(path, rare=None):
     }
 
 
+def test_what_no_board_calls_is_left_out(builder, tmp_path):
+    builder.build(tmp_path)
+    # The repr of a class that only CPython's clients make.
+    assert not [path for path in (tmp_path / "twin_device").iterdir() if "Credentials(" in path.read_text()]
+
+
 def test_an_app_finds_every_name(builder, tmp_path):
     builder.build(tmp_path)
     made = face(tmp_path / "twin_device" / "__init__.py", tmp_path / "twin_device" / "face.py")
