@@ -39,8 +39,8 @@ def test_every_vector_holds(builder, tmp_path):
     used = {
         node.value.id: {each.attr for each in direct if each.value.id == node.value.id} for node in direct
     }
-    used.update(settings={"Settings"}, stream={"Reader"}, twin={"Twin"})
-    package = builder.build(tmp_path, ("stop", "abandon", "Reader", "Twin", "on_property", *names))
+    used.update(settings={"Settings"}, stream={"reader"}, twin={"Twin"})
+    package = builder.build(tmp_path, ("stop", "abandon", "reader", "Twin", "on_property", *names))
     for node in set(attributes) - direct:
         node.attr = package.attributes.get(node.attr, node.attr)
     (tmp_path / "run.py").write_text(ast.unparse(tree))

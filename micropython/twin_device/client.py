@@ -32,7 +32,7 @@ from .core.errors import (
     TwinError,
 )
 from .core.patch import diff
-from .core.stream import Reader
+from .core.stream import reader
 from .core.twin import (
     OFFLINE,
     SYNCHRONISED,
@@ -633,6 +633,7 @@ class _Link:
         self._heard = self._sent = client._clock()
         self._identifier = 0
         self._reader = None
+        self._document = None  # what the reader has made
         self._topic = None
         self._threshold = None
         self._task = asyncio.create_task(self._run())
@@ -827,31 +828,29 @@ class _Link:
             gc.threshold(_LOADING)
         handed = self._property if client._on_property else None
         old = {"desired": client._twin.desired, "reported": client._twin.reported} if whole else None
-        self._reader = Reader(whole, client._keep, handed, client._keep_reported, old)
+        self._reader = reader(whole, client._keep, handed, client._keep_reported, old)
+        self._document = next(self._reader)
 
     def chunk(self, data: memoryview) -> None:
         if self._reader is not None:
             try:
                 # In a heap that is nearly full there are but small gaps.
                 for at in range(0, len(data), _PIECE):
-                    self._reader.feed(data[at : at + _PIECE])
+                    self._document = self._reader.send(data[at : at + _PIECE])
             except ValueError:
                 # The core says what is to be done about it.
-                self._reader = None
+                self._reader = self._document = None
 
     def ended(self) -> None:
-        document = b""
-        reader, self._reader = self._reader, None
-        if reader is not None:
-            try:
-                document = reader.end()
-            except ValueError:
-                pass
+        document = self._document
+        self._reader = self._document = None
         self._loaded()
         if not self._ended:
             client = self._client
             client._perform(
-                client._twin.message_received(self._topic, document, client._clock(), random.random())
+                client._twin.message_received(
+                    self._topic, b"" if document is None else document, client._clock(), random.random()
+                )
             )
 
     def _property(self, path: "tuple[str, ...]", value: object) -> None:
