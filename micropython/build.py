@@ -86,6 +86,7 @@ RARE: dict[str, tuple[str, ...]] = {
         "TwinClient.reported_version",
         "TwinClient.statistics",
         "TwinClient._synchronised",
+        "_within",
         "TwinClient._apply",
         "Twin.stop",
         "Twin.abandon",
@@ -101,10 +102,16 @@ RARE: dict[str, tuple[str, ...]] = {
         "_reason",
         "_Link._unset",
         "clock_unset",
+        "_unread",
+        "_unfit_times",
+        "_unfit_ca",
+        "_unheard",
+        "_misheard",
         "TwinClient._without_network",
     ),
     "refused": (
         "Twin.refused",
+        "_Link._not_let_in",
         "Twin._retrieve_refused",
         "Twin._report_refused",
         "_explained",
@@ -198,6 +205,7 @@ OBJECTS = frozenset(
         "failed",
         "link",
         "reader",
+        "stream",
         "waiting",
         "watcher",
         "where",
@@ -702,7 +710,7 @@ class Package:
         }
         needed |= self.exports | self.methods
         while True:
-            loaded = _loaded([*body, *itertools.chain(*self.rare.values()), *self._makers()], self.myself)
+            loaded = _loaded([*body, *itertools.chain(*self.rare.values()), *self._makers()])
             count = 0
             for statements in (body, *self.rare.values()):
                 left = [one for one in statements if not _defined(one) or _defined(one) & (loaded | needed)]
@@ -712,7 +720,7 @@ class Package:
                 break
         loader = LOADER.format(self=self.myself, binder=self.binder, files=" ".join(self.rare))
         module = ast.fix_missing_locations(ast.Module([*ast.parse(loader).body, *body], []))
-        used = _loaded(module.body, self.myself)
+        used = _loaded(module.body)
         imports = [text for name, text in self.imports.items() if name in used]
         return "\n".join([*imports, ast.unparse(module), ""])
 
@@ -734,11 +742,11 @@ class Package:
         module = self.module(name)
         nodes = [*self._body, *itertools.chain(*self.rare.values()), *self._makers()]
         wanted = {alias.name for one in nodes for alias in _imported(one, name)} | self.exports
-        wanted |= _loaded(nodes, self.myself) & set(self.located)
+        wanted |= _loaded(nodes) & set(self.located)
         for names, bundle in self._bundles[name].items():
             module.body += ast.parse(f"{bundle} = ({names},)").body
         while True:
-            loaded = _loaded(module.body, self.myself)
+            loaded = _loaded(module.body)
             left = []
             for node in module.body:
                 if isinstance(node, ast.ImportFrom) and node.level:
@@ -790,12 +798,11 @@ class Package:
         return modules
 
 
-def _loaded(nodes: list[ast.stmt], myself: str) -> set[str]:
-    """Every name that is made use of, and every attribute of the module itself: that is the same."""
+def _loaded(nodes: list[ast.stmt]) -> set[str]:
+    """Every name that is made use of, and every attribute: of the module itself that is the same."""
     walked = [node for statement in nodes for node in ast.walk(statement)]
     names = {node.id for node in walked if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
-    attributes = [node for node in walked if isinstance(node, ast.Attribute)]
-    return names | {node.attr for node in attributes if ast.unparse(node.value) == myself}
+    return names | {node.attr for node in walked if isinstance(node, ast.Attribute)}
 
 
 def _free(node: ast.AST, inner: set[str]) -> set[str]:

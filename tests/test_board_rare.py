@@ -189,3 +189,53 @@ def test_an_app_finds_it_the_next_time(trapped: Path, tmp_path: Path) -> None:
         "['twin_device', 'twin_device.errors', 'twin_device.face']",
         "True True",
     ], done.stderr
+
+
+UNHEARD = """
+import asyncio
+import os
+from twin_device import TwinClient
+
+client = None
+while client is None:
+    try:
+        client = TwinClient.from_connection_string(os.getenv("DEVICE"), ca_file=os.getenv("CA"))
+    except MemoryError:
+        pass
+
+@client.on_state
+def state(old, new):
+    raise ValueError(new)
+
+if os.getenv("BAD"):
+    @client.on_error
+    def bad(error):
+        raise ValueError("bad")
+
+async def attempt(call):
+    while True:
+        try:
+            return await call()
+        except MemoryError:
+            pass
+
+async def main():
+    await attempt(client.connect)
+    await attempt(client.close)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("bad", ["", "1"])
+def test_an_error_that_nobody_handles_is_printed_and_handlers_go_on(
+    local_hub: LocalHub, device: Device, trapped: Path, tmp_path: Path, bad: str
+) -> None:
+    (tmp_path / "program.py").write_text(UNHEARD)
+    environment = {"DEVICE": device.connection_string, "CA": der(local_hub.ca_file, tmp_path), "BAD": bad}
+    done = run(tmp_path / "program.py", trapped, **environment)
+    # For the first one there was no memory.
+    said = [f"twin_device: {state}" for state in ("retrieving", "synchronised", "offline")]
+    if bad:
+        said = ["twin_device: an error handler raised ValueError('bad',)"] * 3
+    assert done.stdout.splitlines() == said, done.stderr

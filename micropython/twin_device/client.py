@@ -32,7 +32,7 @@ from .core.errors import (
     TwinError,
 )
 from .core.patch import diff
-from .core.stream import reader
+from .core.stream import Reader
 from .core.twin import (
     OFFLINE,
     SYNCHRONISED,
@@ -57,7 +57,7 @@ from .mqtt import (
     connect,
     following,
     puback,
-    publish,
+    publish_once,
     subscribe,
 )
 
@@ -68,10 +68,11 @@ _FLUSH = const(5000)  # milliseconds that close() waits for reports on their way
 _MAX_EVENTS = const(16)  # of each kind, for handlers that do not keep up
 _MAX_BACKLOG = const(65536)  # bytes that a connection does not take
 _JOINED = const(512)  # bytes: a payload up to this is sent in one write with its head
-_PIECE = const(128)  # bytes of a payload that are read at once
 _LOADING = const(8192)  # gc.threshold while a twin is read: its parts lie close together then
 _MAX_CA = const(16384)  # bytes
+_CLOSED = "this client is closed; make a new one"
 _VERSION = "0.1.0"
+_PRODUCT = "twin-device-micropython/0.1.0"
 _WHATEVER = DesiredChanged(None, None)  # up to the newest desired properties
 
 
@@ -91,15 +92,16 @@ class Report:
         way), or NotConnected if the client was closed before.
         """
         self._watched = True
-        if not await _within(self._ended, self._timeout if timeout is None else timeout):
+        try:
+            await asyncio.wait_for(self._ended.wait(), self._timeout if timeout is None else timeout)
+        except asyncio.TimeoutError:
             raise ReportTimeout("the hub has not answered in time; the report is still on its way")
-        if self._error is not None:
-            raise self._error
-        return self._result
+        if self._told.error is not None:
+            raise self._told.error
+        return self._told[1]
 
-    def _end(self, result: object, error: "TwinError | None") -> None:
-        self._result = result
-        self._error = error
+    def _end(self, answer: "Reported | Retrieved") -> None:
+        self._told = answer
         self.done = True
         self._ended.set()
 
@@ -143,12 +145,12 @@ class TwinClient:
         keep_reported: "bool | None" = None,
         is_online: object = None,
     ) -> None:
-        if not 1 <= keep_alive <= _MAX_KEEP_ALIVE:
-            raise LocalError("keep_alive is from 1 to 1177 seconds")
-        if timeout <= 0 or token_lifetime <= 0:
-            raise LocalError("timeout and token_lifetime are positive numbers of seconds")
-        if tls and not ca_file:
+        if not tls:
+            ca_file = ()
+        elif not ca_file:
             raise LocalError("ca_file is missing: a board has no trust store of its own")
+        if not 1 <= keep_alive <= _MAX_KEEP_ALIVE or timeout <= 0 or token_lifetime <= 0:
+            raise _unfit_times(keep_alive)
         self._whose, self._resource, self._key, self._dialled, its_port = identify(
             host, device_id, module_id, key, gateway
         )
@@ -158,26 +160,21 @@ class TwinClient:
         self._port = port
         self._ca_files = (ca_file,) if isinstance(ca_file, str) else ca_file
         self._context = None
-        self._tls = tls
         self._keep_alive = keep_alive
         self._timeout = timeout
-        self._user_name = user_name(
-            self._whose, product_info or "twin-device-micropython/" + _VERSION, model_id
-        )
+        self._user_name = user_name(self._whose, product_info or _PRODUCT, model_id)
         self._token_lifetime = int(token_lifetime)
         self._store = store
         self._keep = keep
         self._on_property = on_property
         self._keep_reported = keep_reported
         self._is_online = is_online
-        self._handlers = {"desired": [], "state": [], "error": []}
+        self._handlers = {DesiredChanged: [], StateChanged: [], Failed: []}
         self._settings = None
-        self._appliers = {}
         self._twin = None
         self._waits = {}  # by ticket: who waits for the end of a report or retrieve
         self._events = []
-        self._event = asyncio.Event()
-        self._progress = asyncio.Event()
+        self._event = asyncio.Event()  # something has happened: whoever waits looks again
         self._refused = None
         self._waiting = 0
         self._link = None
@@ -230,17 +227,17 @@ class TwinClient:
 
     def on_desired(self, handler: object) -> object:
         """Have handler(patch, desired) called at every change, after a connect with the whole difference."""
-        self._handlers["desired"].append(handler)
+        self._handlers[DesiredChanged].append(handler)
         return handler
 
     def on_state(self, handler: object) -> object:
         """Have handler(old, new) called at every change of `state`."""
-        self._handlers["state"].append(handler)
+        self._handlers[StateChanged].append(handler)
         return handler
 
     def on_error(self, handler: object) -> object:
         """Have handler(error) called for errors that belong to no call of the app."""
-        self._handlers["error"].append(handler)
+        self._handlers[Failed].append(handler)
         return handler
 
     def setting(self, name: str, *, shape: str = "document") -> object:
@@ -263,6 +260,7 @@ class TwinClient:
             core = self._core()
             if self._settings is None:
                 self._settings = Settings(core)
+                self._appliers = {}
             self._settings.declare(name, shape)
             self._appliers[name] = apply
             self._perform(self._settings.declared(name, self._clock()))
@@ -280,9 +278,9 @@ class TwinClient:
         timeout seconds; the client is disconnected again then. LocalError: a bad ca_file.
         """
         if self._closed:
-            raise NotConnected("this client is closed; make a new one")
+            raise NotConnected(_CLOSED)
         core = self._core()
-        if self._tls and self._context is None:
+        if self._ca_files and self._context is None:
             self._context = _tls_context(self._ca_files)
         if self._watcher is None:
             self._refused = None
@@ -291,11 +289,11 @@ class TwinClient:
                 self._dispatcher = asyncio.create_task(self._dispatch())
             self._perform(core.start(self._clock()))
         if wait:
-            await self._synchronised(self._timeout if timeout is None else timeout)
+            await self._synchronised(timeout)
 
-    async def _synchronised(self, timeout: float) -> None:
+    async def _synchronised(self, timeout: "float | None") -> None:
         core = self._core()
-        end = self._clock() + int(1000 * timeout)
+        end = self._clock() + int(1000 * (self._timeout if timeout is None else timeout))
         self._waiting += 1
         try:
             while core.state != SYNCHRONISED:
@@ -307,8 +305,9 @@ class TwinClient:
                 if left <= 0:
                     why = core.statistics["last_error"] or "it is still " + core.state
                     raise ConnectRefused("not synchronised with " + self._dialled + " in time: " + why)
-                self._progress.clear()
-                await _within(self._progress, left / 1000)
+                # The dispatcher may clear it before this task sees it.
+                self._event.clear()
+                await _within(self._event.wait(), min(1, left / 1000))
         except BaseException:
             await self.disconnect()
             raise
@@ -322,7 +321,6 @@ class TwinClient:
             return
         self._perform(self._twin.stop())
         watcher.cancel()
-        self._progress.set()
         self._event.set()
         # A handler may disconnect: the task that has called it goes on when it has returned.
         if self._dispatcher is not None and self._dispatcher is not asyncio.current_task():
@@ -336,11 +334,12 @@ class TwinClient:
         core = self._core()
         end = self._clock() + _FLUSH
         while core.outstanding and core.state != OFFLINE and self._clock() < end:
-            self._progress.clear()
-            await _within(self._progress, 1)
+            self._event.clear()
+            await _within(self._event.wait(), 1)
         self._closed = True
         await self.disconnect()
-        self._save(True)
+        if self._store:
+            self._write(True)
         self._perform(core.abandon())
 
     async def __aenter__(self) -> "TwinClient":
@@ -360,8 +359,8 @@ class TwinClient:
         await self.connect(wait=False)
         try:
             while self._watcher is not None:
-                self._progress.clear()
-                await self._progress.wait()
+                self._event.clear()
+                await self._event.wait()
         finally:
             await self.close()
 
@@ -382,16 +381,13 @@ class TwinClient:
         Report at once, also while offline. What is reported meanwhile leaves as one patch. version: the
         reported version that the hub must be at. PatchError: the hub would refuse it; it names the path.
         """
-        if self._closed:
-            raise NotConnected("this client is closed; make a new one")
-        if wait and self._watcher is None:
-            raise NotConnected("not connected: call connect() first, or report with wait=False")
+        if self._closed or (wait and self._watcher is None):
+            raise NotConnected(
+                _CLOSED if self._closed else "not connected: call connect() first, or report with wait=False"
+            )
         ticket, outputs = self._core().report(patch, self._clock(), version, always)
-        report = self._waits.get(ticket)
-        if report is None:
-            report = self._waits[ticket] = Report(self._timeout)
+        report = self._waits.setdefault(ticket, Report(self._timeout))
         self._perform(outputs)
-        self._save()
         return await report.wait(timeout) if wait else report
 
     async def retrieve(self, timeout: "float | None" = None) -> "dict[str, object]":
@@ -415,14 +411,11 @@ class TwinClient:
 
     def _core(self) -> Twin:
         if self._twin is None:
-            found = (None, None, None) if self._store is None else self._stored()
             self._twin = Twin(
-                timeout=int(self._timeout * 1000 / 3),
-                request_id=random.getrandbits(16) << 16,
-                keep_reported=bool(self._keep_reported),
-                desired=found[0],
-                reported=found[1],
-                reports=found[2],
+                int(self._timeout * 1000 / 3),
+                random.getrandbits(16) << 16,
+                self._keep_reported,
+                *(self._stored() if self._store else ()),
             )
             self._given = self._twin.desired
         return self._twin
@@ -450,19 +443,21 @@ class TwinClient:
         for output in outputs:
             kind = type(output)
             if kind is Publish:
-                self._link.publish(output.topic, output.payload)
+                self._link.publish(*output)
             elif kind is Reported or kind is Retrieved:
                 waiting = self._waits.pop(output.ticket, None)
                 if waiting is not None:
-                    waiting._end(output[1], output.error)
-                if kind is Reported:
-                    self._save()
-                    if output.error is not None and not self._closed and not (waiting and waiting._watched):
-                        self._tell(Failed(output.error))
-                self._progress.set()
+                    waiting._end(output)
+                if (
+                    kind is Reported
+                    and output.error is not None
+                    and not self._closed
+                    and not (waiting and waiting._watched)
+                ):
+                    self._tell(Failed(output.error))
             elif kind is Connect:
                 self._offline = True
-                self._dial()
+                self._look()
             elif kind is Subscribe:
                 self._link.subscribe(output.filters)
             elif kind is Disconnect:
@@ -472,20 +467,15 @@ class TwinClient:
                     self._link = None
             else:
                 if kind is StateChanged:
-                    if output.new == SYNCHRONISED:
-                        self._refused = None
-                    self._progress.set()
-                elif kind is Failed and getattr(output.error, "can_retry", True) is False:
+                    self._refused = None
+                elif kind is Failed and not getattr(output.error, "can_retry", True):
                     self._refused = output.error
-                    self._progress.set()
                     if self._waiting:
                         continue
                 self._tell(output)
-
-    def _dial(self) -> None:
-        if self._offline and (self._is_online is None or self._is_online()):
-            self._offline = False
-            self._link = _Link(self)
+        self._event.set()
+        if self._store:
+            self._write(False)
 
     def _lost(self, link: "_Link", error: TwinError) -> None:
         if link is self._link:
@@ -495,14 +485,8 @@ class TwinClient:
 
     async def _return(self) -> None:
         """Dial again when it is time, not when the clock is looked at next."""
-        core = self._twin
-        await asyncio.sleep_ms(max(0, min(1000, (core.deadline or 0) - self._clock())))
-        if self._watcher is not None and core.state == OFFLINE:
-            self._look()
-
-    def _save(self, now: bool = False) -> None:
-        if self._store is not None:
-            self._write(now)
+        await asyncio.sleep_ms(min(1000, (self._twin.deadline or 0) - self._clock()))
+        self._look()
 
     def _write(self, now: bool) -> None:
         core = self._twin
@@ -515,7 +499,6 @@ class TwinClient:
             wait = 1000
             try:
                 wait = self._look()
-                self._save()
             except Exception as error:
                 # Of is_online, or a bug: neither may leave the client without a clock.
                 self._tell(Failed(error))
@@ -523,23 +506,24 @@ class TwinClient:
 
     def _look(self) -> int:
         """Do what is due; milliseconds until something else is."""
+        online = self._is_online is None or self._is_online()
         now = self._clock()
         core = self._twin
-        link = self._link
-        if self._offline:
+        if not self._offline:
             # No wait of the core's counts while there is no network.
-            self._dial()
-            return 1000
-        if link is not None:
-            if self._is_online is not None and not self._is_online():
-                self._without_network(link)
-            else:
-                link.watch(now)
-        deadline = core.deadline
-        if deadline is not None and now >= deadline:
             self._perform(core.tick(now, random.random()))
-            deadline = core.deadline
-        return 1000 if deadline is None else min(1000, max(0, deadline - now))
+        if self._offline:
+            if not online:
+                return 1000
+            self._offline = False
+            self._link = _Link(self)
+        elif self._link is not None:
+            if online:
+                self._link.watch(now)
+            else:
+                self._without_network(self._link)
+        deadline = core.deadline
+        return 1000 if deadline is None else min(1000, deadline - now)
 
     def _without_network(self, link: "_Link") -> None:
         error = RemoteError("the network is gone")
@@ -551,13 +535,11 @@ class TwinClient:
     def _tell(self, event: object) -> None:
         events = self._events
         kind = type(event)
-        if kind is not DesiredChanged and kind is not StateChanged and kind is not Failed:
-            # One for each setting at the most.
-            kind = None
         alike = [index for index, waiting in enumerate(events) if type(waiting) is kind]
         if alike and events[alike[-1]] is _WHATEVER:
             return
-        if len(alike) >= _MAX_EVENTS:
+        # Of the settings there is one for each at the most.
+        if len(alike) >= _MAX_EVENTS and kind in self._handlers:
             if kind is DesiredChanged:
                 # The app gets one difference for this and all that follow.
                 events[alike[-1]] = _WHATEVER
@@ -569,45 +551,46 @@ class TwinClient:
     async def _dispatch(self) -> None:
         while True:
             while self._events:
-                event = self._events.pop(0)
-                kind = type(event)
-                if kind is DesiredChanged:
-                    patch, desired = event
-                    if event is _WHATEVER:
-                        desired = self._twin.desired
-                        patch = diff(self._given, desired)
-                    event = None
-                    if patch:
-                        await self._call("desired", patch, desired)
-                    patch = None
-                    self._given = desired
-                    desired = None
-                    self._save()
-                elif kind is StateChanged:
-                    await self._call("state", event.old, event.new)
-                elif kind is Failed:
-                    await self._call("error", event.error)
-                else:
-                    await self._apply(event.name, event.value)
+                try:
+                    await self._call(self._events.pop(0))
+                except MemoryError:
+                    # With the next event the app is given what it lacks.
+                    self._tell(_WHATEVER)
+                    break
             if self._watcher is None:
                 self._dispatcher = None
                 return
             self._event.clear()
             await self._event.wait()
 
-    async def _call(self, kind: str, *arguments: object) -> None:
-        if kind == "error" and not self._handlers[kind]:
-            print("twin_device:", arguments[0])
-        for handler in self._handlers[kind]:
+    async def _call(self, event: object) -> None:
+        kind = type(event)
+        if kind not in self._handlers:
+            await self._apply(*event)
+            return
+        handlers = self._handlers[kind]
+        if event is _WHATEVER:
+            desired = self._twin.desired
+            event = DesiredChanged(diff(self._given, desired), desired)
+        if event[0] == {}:
+            # Of a patch nothing is kept.
+            handlers = ()
+        if kind is Failed and not handlers:
+            _unheard(event.error)
+        for handler in handlers:
             try:
-                result = handler(*arguments)
+                result = handler(*event)
                 if hasattr(result, "send"):
                     await result
             except Exception as error:
-                if kind == "error":
-                    print("twin_device: an error handler raised", repr(error))
+                if kind is Failed:
+                    _misheard(error)
                 else:
                     self._tell(Failed(error))
+        if kind is DesiredChanged:
+            self._given = event.desired
+            if self._store:
+                self._write(False)
 
     async def _apply(self, name: str, value: object) -> None:
         reason = None
@@ -628,14 +611,11 @@ class _Link:
         self._client = client
         self._stream = None
         self._ended = False
-        self._draining = False
         self._backlog = b""
         self._heard = self._sent = client._clock()
         self._identifier = 0
         self._reader = None
-        self._document = None  # what the reader has made
         self._topic = None
-        self._threshold = None
         self._task = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
@@ -644,26 +624,22 @@ class _Link:
         try:
             try:
                 await self._read()
-            except (TwinError, MemoryError):
-                raise
             except Exception as error:
-                raise self._failure(error)
-        except TwinError as error:
-            failed = error
+                failed = error if isinstance(error, TwinError) else self._failure(error)
         except MemoryError:
             # What was to be told may be lost; the difference to what the app was given is not.
             client._tell(_WHATEVER)
             failed = ConnectRefused("not enough memory to connect and to keep the twin")
         finally:
             self._ended = True
-            self._loaded()
             if self._stream is not None:
                 self._stream.s.close()
-                self._stream = None
         if failed is not None:
             client._lost(self, failed)
 
     def _failure(self, error: Exception) -> TwinError:
+        if isinstance(error, MemoryError):
+            raise error
         host = self._client._dialled
         if not isinstance(error, (OSError, ValueError)):
             # A bug costs a reconnect, and no more.
@@ -682,20 +658,19 @@ class _Link:
         hello = self._hello()
         # TLS wants its memory in large pieces.
         gc.collect()
-        options = {}
-        if client._tls:
-            options = {"ssl": client._context, "server_hostname": client._dialled}
-        self._stream = stream = (await asyncio.open_connection(client._dialled, client._port, **options))[0]
+        # Without a context it is plain TCP; with one, the name that the certificate must have comes last.
+        host = client._dialled
+        self._stream = stream = (await asyncio.open_connection(host, client._port, client._context, host))[0]
         self._send(hello)
         hello = None
         receiver = Receiver(self)
         while not self._ended:
             count = await stream.readinto(receiver.buffer)
-            if count == 0:
-                raise RemoteError("the hub closed the connection")
-            if count is not None:
+            if count:
                 self._heard = client._clock()
                 receiver.received(count)
+            elif count == 0:
+                raise RemoteError("the hub closed the connection")
 
     def _hello(self) -> bytes:
         """The CONNECT packet; ConnectRefused if the clock cannot be right."""
@@ -719,19 +694,20 @@ class _Link:
             if self._stream is not None:
                 try:
                     self._stream.s.write(DISCONNECT)
-                except (OSError, ValueError):
+                except Exception:  # noqa: S110  # whatever it is: the connection is over
                     pass
             if asyncio.current_task() is not self._task:
                 self._task.cancel()
 
     def watch(self, now: int) -> None:
         """Say something before the hub thinks that nobody is there, and notice if the hub is not."""
-        keep_alive = self._client._keep_alive * 1000
-        if self._stream is None or self._client._twin.state == OFFLINE:
+        client = self._client
+        quarter = client._keep_alive * 250
+        if client._twin.state == OFFLINE:
             return
-        if now - self._heard >= keep_alive * 3 // 2:
+        if now - self._heard >= quarter * 6:
             self._silent()
-        elif now - min(self._sent, self._heard) >= keep_alive // 2 and now - self._sent >= keep_alive // 4:
+        elif now - min(self._sent, self._heard) >= quarter * 2 and now - self._sent >= quarter:
             self._send(PINGREQ)
 
     def _silent(self) -> None:
@@ -742,46 +718,38 @@ class _Link:
     # ------------------------------------------------------------------ out
 
     def publish(self, topic: str, payload: bytes) -> None:
-        head, payload = publish(topic, payload)
-        if len(payload) <= _JOINED:
-            self._send(head + payload)
-        else:
+        head, payload = publish_once(topic, payload)
+        if len(payload) > _JOINED:
             self._send(head)
-            self._send(payload)
+            head = b""
+        self._send(head + payload)
 
     def subscribe(self, filters: "tuple[str, ...]") -> None:
         self._identifier = following(self._identifier)
         self._send(subscribe(self._identifier, filters))
 
     def _send(self, data: bytes) -> None:
-        if self._stream is None or self._ended:
+        stream = self._stream
+        if stream is None or self._ended:
             return
         self._sent = self._client._clock()
-        if self._draining:
+        if stream.out_buf:
             # Stream.drain() forgets what is written meanwhile.
             self._backlog += data
             if len(self._backlog) > _MAX_BACKLOG:
                 self._broken(OSError("it does not read"))
-            return
-        try:
-            self._stream.write(data)
-        except (OSError, ValueError) as error:
-            self._broken(error)
         else:
-            if self._stream.out_buf:
-                self._draining = True
-                asyncio.create_task(self._drain(self._stream))
+            asyncio.create_task(self._drain(stream))
+            stream.out_buf = data
 
     async def _drain(self, stream: object) -> None:
         try:
-            while not self._ended:
+            while stream.out_buf and not self._ended:
                 await stream.drain()
-                if not self._backlog:
-                    break
-                stream.out_buf, self._backlog = self._backlog, b""
-        except (OSError, ValueError) as error:
+                stream.out_buf = self._backlog
+                self._backlog = b""
+        except Exception as error:
             self._broken(error)
-        self._draining = False
 
     def _broken(self, error: Exception) -> None:
         # Not at once: whoever sends is in the middle of performing outputs.
@@ -800,57 +768,66 @@ class _Link:
         twin = client._twin
         if self._ended:
             return
+        now = client._clock()
+        jitter = random.random()
         if kind == CONNACK and len(body) == 2:
-            now = client._clock()
             if body[1]:
-                outputs = twin.refused(body[1], now, random.random())
-                self._ended = True
-                client._link = None
-                client._perform(outputs)
+                self._not_let_in(body[1])
             else:
-                lifetime = client._token_lifetime * 1000
-                client._perform(twin.connected(now, random.random(), lifetime))
+                client._perform(twin.connected(now, jitter, client._token_lifetime * 1000))
         elif kind == SUBACK and len(body) > 2:
-            client._perform(twin.subscribed(tuple(body[2:]), client._clock(), random.random()))
+            client._perform(twin.subscribed(tuple(body[2:]), now, jitter))
         elif kind != PINGRESP:
             raise RemoteError("a packet of the type " + str(kind) + " that answers nothing")
+
+    def _not_let_in(self, code: int) -> None:
+        client = self._client
+        outputs = client._twin.refused(code, client._clock(), random.random())
+        self._ended = True
+        client._link = None
+        client._perform(outputs)
 
     def began(self, topic: str, identifier: "int | None") -> None:
         if identifier is not None:
             self._send(puback(identifier))
         client = self._client
+        twin = client._twin
         self._topic = topic
-        whole = client._twin.reading(topic)
-        if whole is None:
-            return
-        if whole:
-            self._threshold = gc.threshold()
-            gc.threshold(_LOADING)
-        handed = self._property if client._on_property else None
-        old = {"desired": client._twin.desired, "reported": client._twin.reported} if whole else None
-        self._reader = reader(whole, client._keep, handed, client._keep_reported, old)
-        self._document = next(self._reader)
+        self._whole = whole = twin.reading(topic)
+        if whole is not None:
+            self._reader = Reader(
+                whole,
+                client._keep,
+                client._on_property and self._property,
+                client._keep_reported,
+                {"desired": twin.desired, "reported": twin.reported},
+            )
 
     def chunk(self, data: memoryview) -> None:
         if self._reader is not None:
+            before = gc.threshold()
+            if self._whole:
+                gc.threshold(_LOADING)
             try:
-                # In a heap that is nearly full there are but small gaps.
-                for at in range(0, len(data), _PIECE):
-                    self._document = self._reader.send(data[at : at + _PIECE])
+                self._reader.feed(data)
             except ValueError:
                 # The core says what is to be done about it.
-                self._reader = self._document = None
+                self._reader = None
+            finally:
+                gc.threshold(before)
 
     def ended(self) -> None:
-        document = self._document
-        self._reader = self._document = None
-        self._loaded()
+        document = b""
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            try:
+                document = reader.end()
+            except ValueError:
+                pass
         if not self._ended:
             client = self._client
             client._perform(
-                client._twin.message_received(
-                    self._topic, b"" if document is None else document, client._clock(), random.random()
-                )
+                client._twin.message_received(self._topic, document, client._clock(), random.random())
             )
 
     def _property(self, path: "tuple[str, ...]", value: object) -> None:
@@ -859,19 +836,34 @@ class _Link:
         except Exception as error:
             self._client._tell(Failed(error))
 
-    def _loaded(self) -> None:
-        if self._threshold is not None:
-            gc.threshold(self._threshold)
-            self._threshold = None
+
+def _unheard(error: Exception) -> None:
+    print("twin_device:", error)
+
+
+def _misheard(error: Exception) -> None:
+    print("twin_device: an error handler raised", repr(error))
 
 
 async def _within(waited: object, seconds: float) -> bool:
-    """Whether an Event was set, or a task has ended, in time."""
+    """Whether something has ended in time."""
     try:
-        await asyncio.wait_for(waited.wait() if hasattr(waited, "wait") else waited, seconds)
+        await asyncio.wait_for(waited, seconds)
     except asyncio.TimeoutError:
         return False
     return True
+
+
+def _unfit_times(keep_alive: int) -> LocalError:
+    if not 1 <= keep_alive <= _MAX_KEEP_ALIVE:
+        return LocalError("keep_alive is from 1 to 1177 seconds")
+    return LocalError("timeout and token_lifetime are positive numbers of seconds")
+
+
+def _unfit_ca(path: str, error: Exception) -> LocalError:
+    if isinstance(error, OSError):
+        return LocalError("ca_file " + path + " cannot be read")
+    return LocalError("ca_file " + path + " holds no certificate that this firmware can read: use DER")
 
 
 def _tls_context(ca_files: "tuple[str, ...]") -> object:
@@ -884,10 +876,8 @@ def _tls_context(ca_files: "tuple[str, ...]") -> object:
             with open(path, "rb") as file:
                 data = file.read(min(os.stat(path)[6], _MAX_CA))
             context.load_verify_locations(cadata=data)
-        except OSError:
-            raise LocalError("ca_file " + path + " cannot be read")
-        except ValueError:
-            raise LocalError("ca_file " + path + " holds no certificate that this firmware can read: use DER")
+        except (OSError, ValueError) as error:
+            raise _unfit_ca(path, error)
     return context
 
 

@@ -18,23 +18,22 @@ PINGREQ = b"\xc0\0"
 DISCONNECT = b"\xe0\0"
 
 _PUBLISH = const(3)
+# What a packet of the hub begins with: its type and flags, which but a PUBLISH has.
+_FIRST = b"\x20\x30\x31\x32\x33\x38\x39\x3a\x3b\x40\x90\xb0\xd0"
 _MAX_TOPIC = const(1024)  # bytes; a twin's topic has less than 200
 _MAX_PAYLOAD = const(262144)  # bytes; no message of the hub is larger
 _MAX_BODY = const(64)  # bytes of any other packet
-_TYPE = const(0)  # what the next byte is: a packet's first, one of its length, ...
-_LENGTH = const(1)
-_HEAD = const(2)
-_PAYLOAD = const(3)
+_PIECE = const(128)  # bytes of a payload that are handed on at once
 
 
 def connect(client_id: str, user_name: str, password: str, keep_alive: int) -> bytes:
     """CONNECT to a session that outlives the connection (3.1). keep_alive: seconds; password: "" for none."""
+    flags = b"\x80"
     body = _text(client_id) + _text(user_name)
-    flags = 0x80
     if password:
-        flags = 0xC0
+        flags = b"\xc0"
         body += _text(password)
-    return _packet(0x10, b"\0\4MQTT\4" + bytes((flags, keep_alive >> 8, keep_alive & 255)) + body)
+    return _packet(0x10, b"\0\4MQTT\4" + flags + _number(keep_alive) + body)
 
 
 def subscribe(identifier: int, filters: "tuple[str, ...]", qos: int = 0) -> bytes:
@@ -45,19 +44,21 @@ def subscribe(identifier: int, filters: "tuple[str, ...]", qos: int = 0) -> byte
     return _packet(0x82, body)
 
 
+def publish_once(topic: str, payload: bytes) -> "tuple[bytes, bytes]":
+    """PUBLISH of QoS 0 in two parts, to be sent one after the other (3.3)."""
+    return _packet(0x30, _text(topic), len(payload)), payload
+
+
 def publish(
     topic: str, payload: bytes, identifier: "int | None" = None, again: bool = False
 ) -> "tuple[bytes, bytes]":
-    """PUBLISH in two parts, to be sent one after the other (3.3): QoS 1 with an identifier, else QoS 0.
+    """PUBLISH in two parts as above: QoS 1 with an identifier, else QoS 0.
 
     again: it may have been sent before in this session (DUP).
     """
-    head = _text(topic)
-    first = 0x30
-    if identifier is not None:
-        first = 0x3A if again else 0x32
-        head += _number(identifier)
-    return bytes((first,)) + _length(len(head) + len(payload)) + head, payload
+    if identifier is None:
+        return publish_once(topic, payload)
+    return _packet(0x3A if again else 0x32, _text(topic) + _number(identifier), len(payload)), payload
 
 
 def puback(identifier: int) -> bytes:
@@ -84,103 +85,93 @@ class Receiver:
     def __init__(self, owner: object, size: int = 512) -> None:
         self.buffer = memoryview(bytearray(size))
         self._owner = owner
-        self._state = _TYPE
-        self._first = 0
-        self._left = 0  # bytes of the packet that are still to come
-        self._shift = 0
-        self._wanted = 0  # bytes of _head before it can be read
         self._head = b""
+        self._packets = self._read()
+        self._wanted = next(self._packets)  # the most bytes that it goes on with
 
     def received(self, count: int) -> None:
         """The first count bytes of the buffer are new."""
-        buffer = self.buffer
         at = 0
         while at < count:
-            if self._state == _TYPE:
-                self._first = buffer[at]
-                at += 1
-                self._left = self._shift = 0
-                self._state = _LENGTH
-            elif self._state == _LENGTH:
-                byte = buffer[at]
-                at += 1
-                self._left |= (byte & 127) << self._shift
-                self._shift += 7
-                if byte < 128:
-                    self._begin()
-                elif self._shift == 28:
-                    raise RemoteError("a packet's length has more than four bytes")
-            else:
-                piece = min(count - at, self._left)
-                if self._state == _HEAD:
-                    piece = min(piece, self._wanted - len(self._head))
-                    # What is not a topic's is a few bytes.
-                    self._head += bytes(buffer[at : at + piece])
-                else:
-                    self._owner.chunk(buffer[at : at + piece])  # type: ignore[attr-defined]  # there is no Protocol here
-                at += piece
-                self._left -= piece
-            if self._state == _HEAD and len(self._head) == self._wanted:
-                self._read_head()
-            if self._state == _PAYLOAD and not self._left:
-                self._state = _TYPE
-                self._owner.ended()  # type: ignore[attr-defined]  # as above
+            piece = self.buffer[at : min(count, at + self._wanted)]
+            at += len(piece)
+            self._wanted = self._packets.send(piece)
 
-    def _begin(self) -> None:
-        kind, flags = self._first >> 4, self._first & 15
+    def _read(self) -> object:
+        """One packet after the other: yields how many bytes it wants at the most, and is sent some."""
+        owner = self._owner
+        while True:
+            first = (yield 1)[0]
+            left = shift = 0
+            byte = 128
+            while byte > 127 and shift < 28:
+                byte = (yield 1)[0]
+                left |= (byte & 127) << shift
+                shift += 7
+            kind = first >> 4
+            wanted = left
+            most = _MAX_BODY
+            if kind == _PUBLISH:
+                wanted = 2
+                most = _MAX_PAYLOAD + _MAX_TOPIC
+            if byte > 127 or first not in _FIRST or left < wanted or left > most:
+                raise _unread(first, left, byte)
+            head = yield from self._whole(wanted)
+            if kind != _PUBLISH:
+                owner.packet(kind, head)  # type: ignore[attr-defined]  # there is no Protocol here
+                continue
+            # Of QoS 1: two bytes of identifier come after the topic.
+            numbered = first & 2
+            size = head[0] << 8 | head[1]
+            left -= 2 + size + numbered
+            if size + numbered > _MAX_TOPIC or left < 0:
+                raise RemoteError("a topic of " + str(size) + " bytes")
+            head = yield from self._whole(size + numbered)
+            try:
+                topic = head[:size].decode()
+            except ValueError:
+                raise RemoteError("a topic that is no UTF-8") from None
+            owner.began(topic, head[size] << 8 | head[size + 1] if numbered else None)  # type: ignore[attr-defined]  # as above
+            while left:
+                # In a heap that is nearly full there are but small gaps.
+                piece = yield min(left, _PIECE)
+                left -= len(piece)
+                owner.chunk(piece)  # type: ignore[attr-defined]  # as above
+            owner.ended()  # type: ignore[attr-defined]  # as above
+
+    def _whole(self, size: int) -> object:
+        """So many bytes, however they are cut: those before a payload, which are few."""
         self._head = b""
-        self._state = _HEAD
-        if kind == _PUBLISH:
-            if flags & 6 > 2:
-                raise RemoteError("a PUBLISH has QoS " + str((flags & 6) >> 1))
-            if self._left > _MAX_PAYLOAD + _MAX_TOPIC:
-                raise RemoteError("a PUBLISH of " + str(self._left) + " bytes; the hub's largest has 262144")
-            self._wanted = 2
+        while len(self._head) < size:
+            self._head += bytes((yield size - len(self._head)))
+        return self._head
+
+
+def _unread(first: int, length: int, last: int) -> RemoteError:
+    """Why no packet of a hub begins so. last: byte of the length."""
+    is_publish = first >> 4 == _PUBLISH
+    text = "a packet of the type " + hex(first)
+    if last > 127:
+        text = "a packet's length has more than four bytes"
+    elif first in _FIRST:
+        if is_publish and length > 2:
+            text = "a PUBLISH of " + str(length) + " bytes; the hub's largest has 262144"
         else:
-            if flags or kind not in (CONNACK, PUBACK, SUBACK, UNSUBACK, PINGRESP):
-                raise RemoteError("a packet of the type " + hex(self._first))
-            self._wanted = self._left
-        if self._wanted > min(self._left, _MAX_BODY):
-            raise RemoteError(
-                "a packet of the type " + hex(self._first) + " has " + str(self._left) + " bytes"
-            )
-
-    def _read_head(self) -> None:
-        head = self._head
-        kind = self._first >> 4
-        if kind != _PUBLISH:
-            self._state = _TYPE
-            self._owner.packet(kind, head)  # type: ignore[attr-defined]  # as above
-            return
-        topic_end = 2 + (head[0] << 8 | head[1])
-        end = topic_end + (2 if self._first & 6 else 0)
-        if end > 2 + _MAX_TOPIC or end - len(head) > self._left:
-            raise RemoteError("a topic of " + str(topic_end - 2) + " bytes")
-        if end > len(head):
-            self._wanted = end
-            return
-        try:
-            topic = head[2:topic_end].decode()
-        except ValueError:
-            raise RemoteError("a topic that is no UTF-8") from None
-        self._state = _PAYLOAD
-        self._head = b""
-        identifier = None
-        if end > topic_end:
-            identifier = head[topic_end] << 8 | head[topic_end + 1]
-        self._owner.began(topic, identifier)  # type: ignore[attr-defined]  # as above
+            text += " has " + str(length) + " bytes"
+    elif is_publish:
+        text = "a PUBLISH has QoS " + str((first & 6) >> 1)
+    return RemoteError(text)
 
 
-def _packet(first: int, body: bytes) -> bytes:
-    return bytes((first,)) + _length(len(body)) + body
-
-
-def _length(count: int) -> bytes:
-    coded = b""
+def _packet(first: int, body: bytes, more: int = 0) -> bytes:
+    """A packet, of which so many bytes come afterwards."""
+    count = len(body) + more
+    head = [first]
     while count > 127:
-        coded += bytes((count & 127 | 128,))
+        head.append(count & 127 | 128)
         count >>= 7
-    return coded + bytes((count,))
+    head.append(count)
+    return bytes(head) + body
 
 
 def _number(number: int) -> bytes:
