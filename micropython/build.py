@@ -214,7 +214,7 @@ OBJECTS = frozenset(
 # Names that every MicroPython has, and of which no object of ours makes use: a module has such a name for two
 # bytes, where one of its own takes three or more.
 COMMON = (
-    "append bytecode clear close const copy endswith extend find format from_bytes get insert isalpha "
+    "append bytecode clear close copy endswith extend find format from_bytes get insert isalpha "
     "isdigit islower isspace issubclass isupper items join keys little locals lower lstrip main micropython "
     "pop popitem readline remove replace reverse rfind rindex rsplit rstrip self sep setdefault sort split "
     "start startswith step stop strip throw to_bytes update upper values zip"
@@ -710,7 +710,7 @@ class Package:
         }
         needed |= self.exports | self.methods
         while True:
-            loaded = _loaded([*body, *itertools.chain(*self.rare.values()), *self._makers()])
+            loaded = _loaded([*body, *itertools.chain(*self.rare.values()), *self._makers()], self.myself)
             count = 0
             for statements in (body, *self.rare.values()):
                 left = [one for one in statements if not _defined(one) or _defined(one) & (loaded | needed)]
@@ -720,7 +720,7 @@ class Package:
                 break
         loader = LOADER.format(self=self.myself, binder=self.binder, files=" ".join(self.rare))
         module = ast.fix_missing_locations(ast.Module([*ast.parse(loader).body, *body], []))
-        used = _loaded(module.body)
+        used = _loaded(module.body, self.myself)
         imports = [text for name, text in self.imports.items() if name in used]
         return "\n".join([*imports, ast.unparse(module), ""])
 
@@ -742,11 +742,11 @@ class Package:
         module = self.module(name)
         nodes = [*self._body, *itertools.chain(*self.rare.values()), *self._makers()]
         wanted = {alias.name for one in nodes for alias in _imported(one, name)} | self.exports
-        wanted |= _loaded(nodes) & set(self.located)
+        wanted |= _loaded(nodes, self.myself) & set(self.located)
         for names, bundle in self._bundles[name].items():
             module.body += ast.parse(f"{bundle} = ({names},)").body
         while True:
-            loaded = _loaded(module.body)
+            loaded = _loaded(module.body, self.myself)
             left = []
             for node in module.body:
                 if isinstance(node, ast.ImportFrom) and node.level:
@@ -798,11 +798,12 @@ class Package:
         return modules
 
 
-def _loaded(nodes: list[ast.stmt]) -> set[str]:
-    """Every name that is made use of, and every attribute: of the module itself that is the same."""
+def _loaded(nodes: list[ast.stmt], myself: str) -> set[str]:
+    """Every name that is made use of, and every attribute of the module itself: that is the same."""
     walked = [node for statement in nodes for node in ast.walk(statement)]
     names = {node.id for node in walked if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
-    return names | {node.attr for node in walked if isinstance(node, ast.Attribute)}
+    attributes = [node for node in walked if isinstance(node, ast.Attribute)]
+    return names | {node.attr for node in attributes if ast.unparse(node.value) == myself}
 
 
 def _free(node: ast.AST, inner: set[str]) -> set[str]:

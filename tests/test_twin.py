@@ -24,7 +24,7 @@ from twin_device.core.errors import (
     ReportRejected,
     RetrieveRejected,
 )
-from twin_device.core.stream import Reader
+from twin_device.core.stream import reader
 from twin_device.core.twin import (
     OFFLINE,
     RETRIEVING,
@@ -2624,7 +2624,7 @@ class Recording(World):
     def perform(self, outputs):
         for output in outputs:
             if type(output) is Retrieved and output.twin is not None:
-                # A Reader leaves the reported properties out.
+                # A reader leaves the reported properties out.
                 output = output._replace(twin=output.twin["desired"])
             self.record.append(repr(output))
         super().perform(outputs)
@@ -2637,13 +2637,13 @@ class Board(Recording):
         document = b""
         twin = self.twin.reading(topic)
         if twin is not None:
-            reader = Reader(twin)
+            reading = reader(twin)
+            next(reading)
             try:
                 for start in range(0, len(payload), 7):
-                    reader.feed(payload[start : start + 7])
-                document = reader.end()
+                    document = reading.send(payload[start : start + 7]) or b""
             except ValueError:
-                pass
+                document = b""
         super().arrive(topic, document)
 
 

@@ -32,7 +32,7 @@ from .core.errors import (
     TwinError,
 )
 from .core.patch import diff
-from .core.stream import Reader
+from .core.stream import reader
 from .core.twin import (
     OFFLINE,
     SYNCHRONISED,
@@ -615,6 +615,7 @@ class _Link:
         self._heard = self._sent = client._clock()
         self._identifier = 0
         self._reader = None
+        self._document = None  # what the reader has made
         self._topic = None
         self._task = asyncio.create_task(self._run())
 
@@ -795,13 +796,14 @@ class _Link:
         self._topic = topic
         self._whole = whole = twin.reading(topic)
         if whole is not None:
-            self._reader = Reader(
+            self._reader = reader(
                 whole,
                 client._keep,
                 client._on_property and self._property,
                 client._keep_reported,
                 {"desired": twin.desired, "reported": twin.reported},
             )
+            self._document = next(self._reader)
 
     def chunk(self, data: memoryview) -> None:
         if self._reader is not None:
@@ -809,25 +811,22 @@ class _Link:
             if self._whole:
                 gc.threshold(_LOADING)
             try:
-                self._reader.feed(data)
+                self._document = self._reader.send(data)
             except ValueError:
                 # The core says what is to be done about it.
-                self._reader = None
+                self._reader = self._document = None
             finally:
                 gc.threshold(before)
 
     def ended(self) -> None:
-        document = b""
-        reader, self._reader = self._reader, None
-        if reader is not None:
-            try:
-                document = reader.end()
-            except ValueError:
-                pass
+        document = self._document
+        self._reader = self._document = None
         if not self._ended:
             client = self._client
             client._perform(
-                client._twin.message_received(self._topic, document, client._clock(), random.random())
+                client._twin.message_received(
+                    self._topic, b"" if document is None else document, client._clock(), random.random()
+                )
             )
 
     def _property(self, path: "tuple[str, ...]", value: object) -> None:

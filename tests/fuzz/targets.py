@@ -13,7 +13,7 @@ from twin_device.core import settings, topics, twin
 from twin_device.core.credentials import from_connection_string
 from twin_device.core.errors import LocalError, PatchError, RemoteError, TwinError
 from twin_device.core.patch import check, compose, diff, dumps, loads, merge, same, size
-from twin_device.core.stream import Reader
+from twin_device.core.stream import reader
 from twin_device.store import _WHOLE, _decode
 
 _VECTORS = Path(__file__).parents[1] / "vectors"
@@ -163,11 +163,12 @@ def stream(data: bytes) -> None:
     cut, payload = data[:1], data[1:]
 
     def read(size: int) -> Any:
-        reader = Reader(twin=bool(cut and cut[0] & 64), reported=bool(cut and cut[0] & 128))
+        reading: Any = reader(twin=bool(cut and cut[0] & 64), reported=bool(cut and cut[0] & 128))
+        document = next(reading)
         try:
             for at in range(0, len(payload), size):
-                reader.feed(payload[at : at + size])
-            return reader.end()
+                document = reading.send(payload[at : at + size])
+            return document
         except ValueError:
             return None
 

@@ -11,7 +11,7 @@ import sys
 
 from core import credentials, errors, patch, topics
 from core.settings import Settings
-from core.stream import Reader
+from core.stream import reader
 from core.twin import Twin
 
 # ---------------------------------------------------------------------- writing values
@@ -156,21 +156,23 @@ def run_stream(case):
 
 
 def streamed(case, payload, length):
-    """What a Reader finds when every chunk comes in the same buffer, as on a board."""
+    """What a reader finds when every chunk comes in the same buffer, as on a board."""
     keep = case.get("keep")
     handed = []
     options = (
         {"on_property": lambda path, value: handed.append([list(path), value])} if "hand" in case else {}
     )
-    reader = Reader(case.get("twin", False), None if keep is None else tuple(keep), **options)
+    reading = reader(case.get("twin", False), None if keep is None else tuple(keep), **options)
+    document = next(reading)
     buffer = bytearray(length)
     try:
         for start in range(0, len(payload), length):
             chunk = payload[start : start + length]
             buffer[: len(chunk)] = chunk
-            reader.feed(memoryview(buffer)[: len(chunk)])
-        document = reader.end()
+            document = reading.send(memoryview(buffer)[: len(chunk)])
     except ValueError:
+        return "no JSON"
+    if document is None:
         return "no JSON"
     return [document, handed] if "hand" in case else document
 

@@ -13,7 +13,7 @@ import hashlib
 
 from .errors import ConnectRefused, LocalError
 
-API_VERSION = "2021-04-12"
+_QUERY = "/?api-version=2021-04-12"
 # Unix seconds: 2026-11-01. What a clock says is before this version was made, it cannot be right.
 MADE = 1793491200
 
@@ -74,10 +74,13 @@ def from_connection_string(text: str) -> Credentials:
 
 def connection_string_fields(text: str) -> "dict[str, object]":
     """The arguments of Credentials that a connection string stands for. Raises as from_connection_string."""
-    parts = [part.partition("=") for part in str(text).split(";")]
-    names, _, values = zip(*parts)  # noqa: B905  # MicroPython's zip has no strict
-    if names == ("HostName", "DeviceId", "SharedAccessKey") and "" not in values and text.split() == [text]:
-        return {"host": values[0], "device_id": values[1], "key": values[2]}
+    parts = str(text).replace("=", ";", 3).split(";")
+    if len(parts) == 6:
+        _, host, _, device_id, _, key = parts
+        whole = "HostName=%s;DeviceId=%s;SharedAccessKey=%s" % (host, device_id, key)
+        # Not a blank in it.
+        if host and device_id and key and text.split() == [whole]:
+            return {"host": host, "device_id": device_id, "key": key}
     return _connection_string_fields(text)
 
 
@@ -136,11 +139,7 @@ def _connection_string_fields(text: str) -> "dict[str, object]":
 
 
 def identify(
-    host: str,
-    device_id: str,
-    module_id: "str | None" = None,
-    key: "str | bytes | None" = None,
-    gateway: "str | None" = None,
+    host: str, device_id: str, module_id: "str | None", key: "str | bytes | None", gateway: "str | None"
 ) -> "tuple[str, str, bytes | None, str, int | None]":
     """An identity, checked: whose, resource, key, dialled, port. Arguments and LocalError as Credentials.
 
@@ -149,15 +148,17 @@ def identify(
     """
     # An id has 128 characters at the most.
     whose = "%s/%.128s" % (host, device_id)
-    if host and device_id and key and module_id is None and gateway is None:
-        try:
-            encoded = key.encode()  # type: ignore[union-attr]  # a key of bytes ends here
-            decoded = binascii.a2b_base64(encoded)
-            plain = percent_encode(whose).split("%2F") == [host, device_id]
-            if plain and binascii.b2a_base64(decoded).strip() == encoded:
-                return whose, whose.replace("/", "/devices/"), decoded, host, None
-        except Exception:  # noqa: BLE001, S110  # which it is depends on the binascii; the thorough reading tells
-            pass
+    try:
+        encoded = key.encode()  # type: ignore[union-attr]  # what is not a str is read thoroughly, too
+        decoded = binascii.a2b_base64(encoded)
+        if (
+            percent_encode(whose).split("%2F") == [host, device_id]
+            and binascii.b2a_base64(decoded).strip() == encoded
+            and (host and device_id and key and module_id is None and gateway is None)
+        ):
+            return whose, whose.replace("/", "/devices/"), decoded, host, None
+    except Exception:  # noqa: BLE001, S110  # which it is depends on the binascii; the thorough reading tells
+        pass
     return _identify(host, device_id, module_id, key, gateway)
 
 
@@ -202,9 +203,9 @@ def clock_unset(date: str) -> ConnectRefused:
     )
 
 
-def user_name(whose: str, product_info: str = "", model_id: "str | None" = None) -> str:
+def user_name(whose: str, product_info: str, model_id: "str | None") -> str:
     """CONNECT's user name. whose: of identify(). model_id: the device's DTMI (IoT Plug and Play)."""
-    text = whose + "/?api-version=" + API_VERSION
+    text = whose + _QUERY
     if product_info:
         text += "&DeviceClientType=" + percent_encode(product_info)
     if model_id:
@@ -215,33 +216,31 @@ def user_name(whose: str, product_info: str = "", model_id: "str | None" = None)
 def sas_token(resource: str, key: bytes, expiry: int, policy: "str | None" = None) -> str:
     """A shared access signature for resource ("{host}/devices/{id}"), good until expiry (Unix seconds)."""
     encoded = percent_encode(resource)
-    signature = hmac_sha256(key, "{}\n{}".format(encoded, expiry).encode())
-    text = "SharedAccessSignature sr={}&sig={}&se={}".format(
-        encoded, percent_encode(binascii.b2a_base64(signature).decode().strip()), expiry
-    )
+    signature = hmac_sha256(key, (encoded + "\n" + str(expiry)).encode())
+    signed = percent_encode(binascii.b2a_base64(signature).decode().strip())
+    text = "SharedAccessSignature sr=%s&sig=%s&se=%d" % (encoded, signed, expiry)
     if policy:
         text += "&skn=" + percent_encode(policy)
     return text
 
 
-def hmac_sha256(key: bytes, message: bytes) -> bytes:
+def hmac_sha256(key: bytes, data: bytes) -> bytes:
     """RFC 2104 with SHA-256, 32 bytes. MicroPython has no hmac."""
     if len(key) > 64:
         key = hashlib.sha256(key).digest()
     key += bytes(64 - len(key))
     for pad in b"\x36\x5c":
-        message = hashlib.sha256(bytes([byte ^ pad for byte in key]) + message).digest()
-    return message
+        data = hashlib.sha256(bytes([byte ^ pad for byte in key]) + data).digest()
+    return data
 
 
 def percent_encode(text: str) -> str:
     """RFC 3986 with no safe characters but the unreserved ones; upper-case hex, as every SDK writes it."""
     encoded = ""
     for byte in text.encode():
-        sign = bytes((byte,))
         # Of bytes, only ASCII's letters are letters.
-        unreserved = sign.isalpha() or sign.isdigit() or sign in b"-._~"
-        encoded += chr(byte) if unreserved else "%%%02X" % byte
+        sign = bytes((byte,))
+        encoded += chr(byte) if sign.isalpha() or sign.isdigit() or sign in b"-._~" else "%%%02X" % byte
     return encoded
 
 

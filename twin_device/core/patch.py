@@ -31,21 +31,25 @@ def _no_number(word: str) -> object:
 if sys.implementation.name == "micropython":
     import json
 
-    _decode = json.loads
+    decode = json.loads
 
     def dumps(document: object) -> str:
         return json.dumps(document, separators=(",", ":"))
 
 else:
     # The first document brings json in: to import it takes as long as all the rest of the core.
+    _decoder = None
 
-    def _decode(text: str) -> object:  # type: ignore[misc]  # it is one or the other
-        global _decode
-        import json
+    def decode(text: str) -> object:  # type: ignore[misc]  # it is one or the other
+        """The value of a JSON text."""
+        global decode, _decoder
+        if _decoder is None:
+            import json
 
-        # json.loads with options builds a decoder at every call, and accepts NaN without one.
-        _decode = json.JSONDecoder(parse_constant=_no_number).decode  # type: ignore[assignment]  # called alike
-        return _decode(text)
+            # json.loads with options builds a decoder at every call, and accepts NaN without one.
+            _decoder = json.JSONDecoder(parse_constant=_no_number).decode
+        decode = _decoder  # type: ignore[assignment]  # called alike
+        return _decoder(text)
 
     def _encode(document: object) -> str:
         global _encode
@@ -64,7 +68,7 @@ def loads(payload: bytes) -> object:
     text = payload.decode()
     if "\\ud" in text or "\\uD" in text:
         text = _without_surrogates(text)
-    value: object = _decode(text)
+    value: object = decode(text)
     # Counting first spares the walk where it cannot find anything.
     if text.count("{") + text.count("[") > _MAX_NESTING and _is_deeper(value, _MAX_NESTING):
         raise ValueError("nested too deep")

@@ -384,7 +384,7 @@ class Twin:
     # ------------------------------------------------------------------ inputs: messages
 
     def reading(self, topic: str) -> "bool | None":
-        """How to read a payload in chunks: the `twin` of a stream.Reader; None: b"" will do in its place."""
+        """How to read a payload in chunks: the `twin` of a stream.reader; None: b"" will do in its place."""
         where = parse(topic)
         if where is None or self.state == OFFLINE:
             return None
@@ -397,9 +397,9 @@ class Twin:
     def message_received(self, topic: str, payload: object, now: int, jitter: float) -> "list[object]":
         """A PUBLISH of the hub. Foreign topics, and answers that nobody waits for, change nothing.
 
-        payload: its bytes; or, where the shell reads in chunks, the document of the Reader, which is the
+        payload: its bytes; or, where the shell reads in chunks, the document of a reader, which is the
         machine's from then on, or b"" if there is none. A machine that keeps the reported properties needs
-        a Reader that reads them.
+        a reader that reads them.
         """
         out: "list[object]" = []
         where = parse(topic)
