@@ -45,6 +45,7 @@ CASES = [
     ("$iothub/twin/res/204/?$rid=a=b", (RESPONSE, 204, "a=b", None, None)),
     ("$iothub/twin/res/204/?$rid=1&$rid=2", (RESPONSE, 204, "1", None, None)),
     ("$iothub/twin/res/204/?$rid=1&$version=3&$version=4", (RESPONSE, 204, "1", 3, None)),
+    ("$iothub/twin/res/204/?$rid=1&$version=x&$version=4", (RESPONSE, 204, "1", None, None)),
     ("$iothub/twin/res/204?$rid=1", (RESPONSE, 204, "1", None, None)),
     ("$iothub/twin/PATCH/properties/desired?$version=1", (DESIRED, None, None, 1, None)),
     # Without parameters.

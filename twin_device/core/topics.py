@@ -6,13 +6,11 @@ Source: IoT Hub, "Communicate with an IoT hub using the MQTT protocol", device t
 import binascii
 from collections import namedtuple
 
-_RETRIEVE_PATH = "$iothub/twin/GET"
-_REPORT_PATH = "$iothub/twin/PATCH/properties/reported"
-_DESIRED_PATH = "$iothub/twin/PATCH/properties/desired"
-_RESPONSE_PATH = "$iothub/twin/res/"
-RESPONSE_FILTER = _RESPONSE_PATH + "#"
-DESIRED_FILTER = _DESIRED_PATH + "/#"
-FILTERS = (RESPONSE_FILTER, DESIRED_FILTER)
+_TWIN = "$iothub/twin/"
+_RESPONSE_PATH = _TWIN + "res/"
+_PROPERTIES = _TWIN + "PATCH/properties/"
+_DESIRED_PATH = _PROPERTIES + "desired"
+FILTERS = (_RESPONSE_PATH + "#", _DESIRED_PATH + "/#")
 
 # kind: one of the four below. status: int of a response, else None. request_id: str or None.
 # version: int or None. retry_after: seconds (int) or None.
@@ -22,12 +20,10 @@ REPORT = "report"
 RESPONSE = "response"
 DESIRED = "desired"
 
-_PATHS = {_RETRIEVE_PATH: RETRIEVE, _REPORT_PATH: REPORT, _DESIRED_PATH: DESIRED}
-
 
 def retrieve_topic(request_id: str) -> str:
     """The topic to publish an empty payload to, to be sent the twin."""
-    return _RETRIEVE_PATH + "/?$rid=" + request_id
+    return _TWIN + "GET/?$rid=" + request_id
 
 
 def report_topic(request_id: str, version: "int | None" = None) -> str:
@@ -35,7 +31,7 @@ def report_topic(request_id: str, version: "int | None" = None) -> str:
 
     version: the reported `$version` that the hub must be at, else it answers 412 and changes nothing.
     """
-    topic = _REPORT_PATH + "/?$rid=" + request_id
+    topic = _PROPERTIES + "reported/?$rid=" + request_id
     if version is not None:
         topic += "&$version=" + str(version)
     return topic
@@ -50,28 +46,37 @@ def parse(topic: str) -> "Topic | None":
     path, _, query = topic.partition("?")
     if path.endswith("/"):
         path = path[:-1]
+    kind: "str | None" = DESIRED
     status = None
-    kind = _PATHS.get(path)
-    if kind is None:
-        if not path.startswith(_RESPONSE_PATH):
+    if path != _DESIRED_PATH:
+        if path[:-3] == _RESPONSE_PATH:
+            status = _integer(path[-3:])
+        kind = RESPONSE if status is not None else _own_kind(path)
+        if kind is None:
             return None
-        status = _integer(path[len(_RESPONSE_PATH) :])
-        if status is None or len(path) != len(_RESPONSE_PATH) + 3:
-            return None
-        kind = RESPONSE
-    request_id = version = retry_after = None
+    parameters: "dict[str, str]" = {}
     for pair in query.split("&"):
         name, _, value = pair.partition("=")
         if "%" in pair:
             name = _percent_decoded(name)
             value = _percent_decoded(value)
-        if name == "$rid" and request_id is None:
-            request_id = value
-        elif name == "$version" and version is None:
-            version = _integer(value)
-        elif name == "retry-after" and retry_after is None:
-            retry_after = _integer(value)
-    return Topic(kind, status, request_id, version, retry_after)
+        parameters.setdefault(name, value)
+    version = parameters.get("$version")
+    retry_after = parameters.get("retry-after")
+    return Topic(
+        kind,
+        status,
+        parameters.get("$rid"),
+        _integer(version) if version else None,
+        _integer(retry_after) if retry_after else None,
+    )
+
+
+def _own_kind(path: str) -> "str | None":
+    """Of what a device publishes to; the hub sends nothing there."""
+    if path == _TWIN + "GET":
+        return RETRIEVE
+    return REPORT if path == _PROPERTIES + "reported" else None
 
 
 def _integer(text: str) -> "int | None":
