@@ -55,6 +55,7 @@ APART = {
 RARE: dict[str, tuple[str, ...]] = {
     "kept": (
         "loads",
+        "_parsed",
         "_without_surrogates",
         "_is_deeper",
         "compose",
@@ -62,9 +63,13 @@ RARE: dict[str, tuple[str, ...]] = {
         "_text_size",
         "check_section",
         "Twin.target",
-        "Twin._bound_with",
+        "Twin._resume",
+        "Twin._fitted",
         "Twin._join",
+        "Twin._joined",
+        "Twin._next_patch",
         "Twin._difference",
+        "Twin._take_over",
         "Twin._reconcile",
         "Twin._doubt",
         "Twin._end_refused",
@@ -91,7 +96,10 @@ RARE: dict[str, tuple[str, ...]] = {
         "Twin.stop",
         "Twin.abandon",
         "Twin.outstanding",
+        "Twin.counts",
+        "Twin.gather",
         "Twin.flush",
+        "Twin.ask",
     ),
     "values": ("_text", "_type_name", "_unfit"),
     "words": (
@@ -117,21 +125,23 @@ RARE: dict[str, tuple[str, ...]] = {
         "_explained",
         "_retry_delay",
         "_half_jitter",
+        "Twin._not_accepted",
         "Twin._not_subscribed",
-        "Twin._gave_up",
+        "Twin._slow_down",
         "Twin._give_up",
         "Twin._renew",
+        "Twin._fail",
     ),
     "gaps": (
         "_Kept",
         "_percent_decoded",
+        "_own_kind",
         "Twin._missed",
         "Twin._caught_up",
         "Twin._answer",
-        "Twin._ignored",
         "Twin._unreadable",
-        "Twin._gather",
-        "Twin._ask",
+        "Twin._still_behind",
+        "Twin._ask_again",
     ),
     "identity": (
         "_connection_string_fields",
@@ -188,23 +198,30 @@ FOREIGN = {
 # its truth is to ask whether it is there.
 OBJECTS = frozenset(
     (
+        "_connect_at",
         "_context",
         "_dispatcher",
         "_error",
         "_flight",
         "_get",
+        "_get_at",
         "_is_online",
         "_link",
         "_reader",
         "_refused",
+        "_renew_at",
         "_settings",
+        "_stable_at",
         "_stream",
         "_twin",
         "_watcher",
+        "deadline",
+        "due",
         "error",
         "failed",
         "link",
         "reader",
+        "soonest",
         "stream",
         "waiting",
         "watcher",
@@ -681,12 +698,13 @@ class Package:
                 if (
                     (candidate not in common and (candidate in others or candidate in owners))
                     or candidate + digits.get(name, "") in self.located
-                    or any(candidate in taken[o] for o in owners[name])
+                    or any(candidate in taken[o] for o in (*owners[name], digits.get(name, "")) if o)
                 ):
                     continue
                 break
             names[name] = candidate + digits.get(name, "")
-            for owner in owners[name]:
+            # What is rare in one place has names of its own there.
+            for owner in (*owners[name], digits.get(name, "")):
                 taken[owner].add(candidate)
         return names
 

@@ -1258,7 +1258,7 @@ def test_what_the_client_says_is_mqtt_3_1_1() -> None:
             await wire.heard(frame(0x82, body))
             assert wire.received == b""
             await wire.say(SUBACK)
-            await until(lambda: client._twin._get, "it retrieves")
+            await until(lambda: client._twin.state == "retrieving", "it retrieves")
             request = client._twin._get
             await wire.heard(frame(0x30, text(f"$iothub/twin/GET/?$rid={request}")))
             await client.disconnect()

@@ -52,7 +52,7 @@ class Device(Bench):
 
     def up(self, desired=None, version=1):
         """Connected and synchronised with the hub as it is."""
-        if not self.twin._running:
+        if self.twin.deadline is None:
             self.start()
         else:
             self.tick()

@@ -178,13 +178,14 @@ class Bench:
         topic = f"$iothub/twin/PATCH/properties/desired/?$version={version}"
         return self.message(topic, json.dumps({**patch, "$version": version}).encode())
 
-    def report(self, patch, **options):
+    def report(self, patch, delay=0, **options):
+        self.twin.gather(self.now, delay)
         ticket, outputs = self.twin.report(patch, self.now, **options)
         self.take(outputs)
         return ticket
 
     def retrieve(self):
-        ticket, outputs = self.twin.retrieve(self.now)
+        ticket, outputs = self.twin.ask(self.now)
         self.take(outputs)
         return ticket
 
@@ -250,7 +251,7 @@ class Bench:
         return ends[0] if ends else None
 
     def retrieves(self):
-        return self.twin.statistics["retrieves"]
+        return self.twin.counts["retrieves"]
 
 
 def bench_in(state):
@@ -493,7 +494,7 @@ def test_1_3_after_the_document_what_it_holds_already_is_discarded():
     bench.notify({"a": "also old"}, 5)
     bench.document({"a": "new"}, 5)
     assert bench.changes() == [{"a": "new"}]
-    assert bench.twin.statistics["stale"] == 2
+    assert bench.twin.counts["stale"] == 2
     assert bench.notify({"a": "older"}, 5) == []
 
 
@@ -504,6 +505,14 @@ def test_1_3_doubled_notifications_before_the_document_count_once():
     bench.document({}, 5)
     assert bench.changes() == [{"a": 6}]
     assert bench.twin.state == SYNCHRONISED
+
+
+@pytest.mark.parametrize("version", [0, 1, False, None])
+def test_1_3_no_version_is_the_next_before_the_document(version):
+    bench = bench_in(RETRIEVING)
+    bench.message("$iothub/twin/PATCH/properties/desired/", json.dumps({"$version": version}).encode())
+    assert bench.out == []
+    assert (bench.twin.desired, bench.twin.desired_version) == ({}, None)
 
 
 def test_1_3_a_gap_in_what_was_kept_is_closed_by_another_document():
@@ -607,7 +616,7 @@ def test_1_5_an_answer_nobody_waits_for_is_ignored():
     body = b'{"desired":{"old":1,"$version":1},"reported":{"$version":1}}'
     for unknown in (first, "", "99", "0" + bench.get, bench.get + "0"):
         assert bench.message(f"$iothub/twin/res/200/?$rid={unknown}", body) == []
-    assert bench.twin.statistics["ignored"] == 5
+    assert bench.twin.counts["ignored"] == 5
     assert bench.twin.state == RETRIEVING
 
 
@@ -640,7 +649,7 @@ def test_2_1_a_stale_or_doubled_notification_is_discarded_and_counted():
     bench = Bench().synchronised({"a": 1}, 5)
     for version in (5, 4, 1, 0, -7):
         assert bench.notify({"a": "stale"}, version) == []
-    assert bench.twin.statistics["stale"] == 5
+    assert bench.twin.counts["stale"] == 5
     assert bench.twin.desired == {"a": 1}
 
 
@@ -651,7 +660,7 @@ def test_2_2_the_next_version_is_merged_and_handed_on():
         DesiredChanged({"a": {"b": None, "e": {}}, "d": None, "f": [1]}, {"a": {"c": 2, "e": {}}, "f": [1]})
     ]
     assert bench.twin.desired_version == 6
-    assert bench.twin.statistics["notifications"] == 1
+    assert bench.twin.counts["notifications"] == 1
 
 
 def test_2_2_the_same_value_again_is_handed_on_as_the_hub_sent_it():
@@ -682,7 +691,7 @@ def test_2_3_a_gap_is_not_applied_but_retrieved():
     bench.document({"a": 12, "missed": 6}, 12)
     assert bench.changes() == [{"a": 12, "missed": 6}]
     assert bench.twin.state == SYNCHRONISED
-    assert bench.twin.statistics["gaps"] == 1
+    assert bench.twin.counts["gaps"] == 1
     assert bench.retrieves() == 2
 
 
@@ -893,8 +902,8 @@ def test_3_2_one_report_is_in_flight_and_the_rest_goes_as_one_patch():
     assert bench.result(first) == Reported(first, 2, None)
     bench.answer(204, 3)
     assert [bench.result(ticket).version for ticket in others] == [3, 3, 3]
-    assert bench.twin.statistics["coalesced"] == 2
-    assert bench.twin.statistics["reports"] == 2
+    assert bench.twin.counts["coalesced"] == 2
+    assert bench.twin.counts["reports"] == 2
 
 
 def a_burst_of_three():
@@ -931,7 +940,7 @@ def test_3_2_a_burst_ends_at_once(ends):
     ends(bench)
     bench.wait(20)
     assert bench.patch["n"] == 2
-    assert bench.twin.statistics["reports"] == 2
+    assert bench.twin.counts["reports"] == 2
 
 
 def test_3_2_a_report_that_follows_no_other_leaves_at_once():
@@ -1042,7 +1051,7 @@ def test_3_4_what_may_go_better_later_is_sent_again(status, payload, least, most
     bench.answer(204, 2)
     assert bench.result(ticket).error is None
     assert bench.result(later).error is None
-    assert bench.twin.statistics["throttled"] == 1
+    assert bench.twin.counts["throttled"] == 1
 
 
 # status, payload
@@ -1077,7 +1086,7 @@ def test_3_4_any_other_answer_refuses_that_patch_and_holds_nothing_up(status, pa
     bench.answer(204, 2)
     assert bench.result(later).error is None
     assert bench.twin.reported == bench.twin.target == {"a": 0, "c": 1}
-    assert bench.twin.statistics["rejected"] == 1
+    assert bench.twin.counts["rejected"] == 1
 
 
 def test_3_4_a_refusal_says_what_the_hub_said():
@@ -1497,7 +1506,7 @@ def test_many_reports_are_joined_and_share_a_ticket():
     bench = Bench().synchronised()
     first = bench.report({"k": -1})
     tickets = [bench.report({"k": index, f"k{index % 50}": index}) for index in range(500)]
-    assert len(bench.twin._queue) <= 32
+    assert len(bench.twin._queue) <= 1 + 32  # one is in flight
     assert len(set(tickets)) <= 32
     bench.answer(204, 2)
     assert bench.patch == {"k": 499, **{f"k{index}": index + 450 for index in range(50)}}
@@ -1512,7 +1521,7 @@ def test_reports_that_undo_each_other_are_joined_without_end(monkeypatch):
     bench.report({"x": 1})
     for index in range(300):
         bench.report({"a": None} if index % 2 else {"a": {f"k{index % 7}": index}})
-    assert len(bench.twin._queue) <= 64
+    assert len(bench.twin._queue) <= 1 + 64  # one is in flight
     bench.answer(204, 2)
     assert bench.patch == {"a": None}
 
@@ -1695,7 +1704,7 @@ def test_4_1_a_second_loss_in_a_row_drops_the_connection():
     bench.report({"a": 1})
     assert kinds(bench.tick()) == ["report"]
     assert kinds(bench.tick()) == ["Disconnect", UP]
-    assert "twice in a row" in bench.twin.statistics["last_error"]
+    assert "twice in a row" in bench.twin.counts["last_error"]
     bench.dialled_again()
     assert bench.patch == {"a": 1}
 
@@ -1810,7 +1819,7 @@ def test_4_2_what_the_client_ends_itself_is_no_fight():
         bench.subscribed()
         bench.document()
         assert bench.errors() == []
-    assert bench.twin.statistics["last_error"] is None
+    assert bench.twin.counts["last_error"] is None
 
 
 def test_4_2_a_minute_without_being_synchronised_does_not_count():
@@ -2167,16 +2176,24 @@ def test_without_a_copy_a_stored_one_is_not_taken_either():
 
 def test_the_statistics_have_only_the_documented_names():
     bench = Bench().synchronised({}, 5)
-    names = set(bench.twin.statistics)
+    names = set(bench.twin.counts)
     bench.notify({}, 1)
     bench.notify({}, 9)
     bench.report({"a": 1})
     bench.answer(400)
-    assert set(bench.twin.statistics) == names
-    assert bench.twin.statistics["connects"] == 1
+    assert set(bench.twin.counts) == names
+    assert bench.twin.counts["connects"] == 1
 
 
 # ---------------------------------------------------------------------- the way of a notification
+
+
+def test_a_connection_that_was_not_asked_for_changes_nothing():
+    for state in ("offline", "waiting"):
+        bench = bench_in(state)
+        assert bench.connected() == []
+        assert bench.twin.state == OFFLINE
+        assert bench.twin.counts["connects"] == (state == "waiting")
 
 
 def test_a_flat_desired_patch_takes_few_python_calls():
@@ -2504,7 +2521,7 @@ class World:
         elif pick < 0.75:
             self.report(**self.chance.choice(self.ways))
         elif pick < 0.82:
-            ticket, outputs = self.twin.retrieve(self.now)
+            ticket, outputs = self.twin.ask(self.now)
             self.asked.append(ticket)
             self.take(outputs)
         elif pick < 0.88 and self.alive:
@@ -2601,7 +2618,7 @@ def test_so_they_do_when_many_reports_are_joined(seed, monkeypatch):
     world.take(world.twin.start(0))
     world.misbehave(300)
     world.recover()
-    assert world.twin.statistics["coalesced"] > 0
+    assert world.twin.counts["coalesced"] > 0
     assert same_json(world.hub.reported, world.wanted())
 
 
@@ -2737,7 +2754,7 @@ def test_7_a_report_of_an_earlier_run_has_no_ticket_and_fails_as_nobodys():
     bench.answer(412)
     assert kinds(bench.out) == ["Failed", "report"]
     assert bench.patch == {"d": 1}
-    assert bench.twin.statistics["rejected"] == 2
+    assert bench.twin.counts["rejected"] == 2
 
 
 # the hub's reported properties and version, what comes of a report {"n": 1} that was bound to version 4

@@ -486,7 +486,7 @@ class TwinClient(Shell):
         timeout = self._timeout if timeout is None else timeout
         if self._loop is None:
             raise NotConnected("not connected: call connect() first")
-        ticket, outputs = self._twin.retrieve(clock())
+        ticket, outputs = self._twin.ask(clock())
         retrieve = self._retrieves[ticket] = _Retrieve()
         self._perform(outputs)
         try:

@@ -472,7 +472,9 @@ class TwinClient(Shell):
                 raise NotConnected("this client is closed; make a new one")
             if wait and self._network is None:
                 raise NotConnected("not connected: call connect() first, or report with wait=False")
-            ticket, outputs = self._twin.report(patch, clock(), version, always, 0 if wait else _GATHER)
+            now = clock()
+            self._twin.gather(now, 0 if wait else _GATHER)
+            ticket, outputs = self._twin.report(patch, now, version, always)
             report = self._reports.get(ticket)
             if report is None:
                 report = self._reports[ticket] = Report(self._timeout, self._flush)
@@ -496,7 +498,7 @@ class TwinClient(Shell):
         with self._lock:
             if self._network is None:
                 raise NotConnected("not connected: call connect() first")
-            ticket, outputs = self._twin.retrieve(clock())
+            ticket, outputs = self._twin.ask(clock())
             retrieve = self._retrieves[ticket] = _Retrieve()
             self._perform(outputs)
         if not retrieve.ended.wait(timeout):

@@ -321,7 +321,7 @@ class Shell(ABC):
         gaps, reports (patches sent), coalesced (reports that needed none of their own), rejected, throttled,
         ignored (answers nobody waited for); and last_error (str or None)."""
         with self._lock:
-            return dict(self._twin.statistics)
+            return dict(self._twin.counts)
 
     # ------------------------------------------------------------------ handlers
 
@@ -404,7 +404,7 @@ class Shell(ABC):
         return int(self._token_lifetime * 1000) if self._certificate is None else None
 
     def _not_in_time(self) -> ConnectRefused:
-        why = self._twin.statistics["last_error"] or f"it is still {self._twin.state}"
+        why = self._twin.counts["last_error"] or f"it is still {self._twin.state}"
         return ConnectRefused(f"not synchronised with {self._where} in time: {why}")
 
     def _state_changed(self, output: Any) -> None:

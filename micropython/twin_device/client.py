@@ -183,7 +183,7 @@ class TwinClient:
         self._dispatcher = None
         self._closed = False
         self._ticks = time.ticks_ms()
-        self._now = 0
+        self._now = 1  # times are above 0
 
     @classmethod
     def from_connection_string(cls, text: str, **options: object) -> "TwinClient":
@@ -221,7 +221,7 @@ class TwinClient:
     @property
     def statistics(self) -> "dict[str, object]":
         """Counts since the client was made, and last_error; as on CPython."""
-        return dict(self._core().statistics)
+        return dict(self._core().counts)
 
     # ------------------------------------------------------------------ handlers
 
@@ -303,7 +303,7 @@ class TwinClient:
                     raise NotConnected("the client was disconnected while it connected")
                 left = end - self._clock()
                 if left <= 0:
-                    why = core.statistics["last_error"] or "it is still " + core.state
+                    why = core.counts["last_error"] or "it is still " + core.state
                     raise ConnectRefused("not synchronised with " + self._dialled + " in time: " + why)
                 # The dispatcher may clear it before this task sees it.
                 self._event.clear()
@@ -397,7 +397,7 @@ class TwinClient:
         """
         if self._watcher is None:
             raise NotConnected("not connected: call connect() first")
-        ticket, outputs = self._core().retrieve(self._clock())
+        ticket, outputs = self._core().ask(self._clock())
         retrieve = self._waits[ticket] = Report(self._timeout)
         self._perform(outputs)
         try:

@@ -138,7 +138,7 @@ def messages(data: bytes) -> None:
             with contextlib.suppress(LocalError):
                 perform(machine.report(report, now, always=len(payload) % 5 == 0)[1])
         elif kind == b"q":
-            perform(machine.retrieve(now)[1])
+            perform(machine.ask(now)[1])
         elif kind == b"e" and applying:
             perform(pattern.applied(applying.pop(), payload.decode("utf-8", "replace") or None, now))
         elif kind == b"d":
@@ -154,7 +154,7 @@ def messages(data: bytes) -> None:
         demand(machine.deadline is None or type(machine.deadline) is int, "a deadline")
         demand(same(merge({}, machine.desired), machine.desired), "no null in desired")
         demand(not [key for key in machine.desired if key.startswith("$")], "no key with $ in desired")
-        demand(len(machine._kept) <= 64 and len(machine._queue) <= 1200, "bounds")
+        demand(len(getattr(machine, "_kept", ())) <= 64 and len(machine._queue) <= 1200, "bounds")
         dumps(machine.target)
 
 

@@ -233,7 +233,7 @@ def step_of(twin, settings, step):
         elif name == "report":
             ticket, given = twin.report(step["patch"], now, step.get("version"), step.get("always", False))
         elif name == "retrieve":
-            ticket, given = twin.retrieve(now)
+            ticket, given = twin.ask(now)
         elif name == "declared":
             given = settings.declared(step["name"], now)
         else:

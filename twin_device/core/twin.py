@@ -18,9 +18,9 @@
     any but offline  renewal due               offline        Disconnect, Connect
     any           stop                         offline        Disconnect
 
-Every change of state gives a StateChanged as well. Times are integers in milliseconds of a clock that only
-goes forward; jitter is a number from 0.0 to below 1.0, drawn anew for every input that takes one. After
-each input the shell performs the outputs in their order, then arranges for tick() at `deadline`.
+Every change of state gives a StateChanged as well. Times are integers above 0, in milliseconds of a clock
+that only goes forward; jitter is a number from 0.0 to below 1.0, drawn anew for every input that takes one.
+After each input the shell performs the outputs in their order, then arranges for tick() at `deadline`.
 """
 
 from collections import namedtuple
@@ -80,16 +80,29 @@ _MAX_KEPT_BYTES = const(262144)  # the largest message of the hub
 _MAX_PARTS = const(32)  # reports kept apart, so that a refusal hits only the one that earned it
 _MAX_QUEUE = const(1024)
 
+# What is counted, in Twin._counts; Twin.counts has the names.
+_CONNECTS = const(0)
+_RETRIEVES = const(1)
+_NOTIFICATIONS = const(2)
+_STALE = const(3)
+_GAPS = const(4)
+_REPORTS = const(5)
+_COALESCED = const(6)
+_REJECTED = const(7)
+_THROTTLED = const(8)
+_IGNORED = const(9)
+
 
 class _Part:
-    """A gathered report."""
+    """A report that is gathered or in flight."""
 
     def __init__(self, patch: "dict[str, object]", ticket: "int | None", version: "int | None", alone: bool):
         self.patch = patch
         self.ticket = ticket  # None for what the machine itself restores
         self.version = version  # the condition, if it has one
         self.alone = alone  # sent as it is, not as a part of a difference
-        self.tries = 0  # 1: sent, and not known to be answered; 2: refused with 412 after that
+        self.sent = 0  # times that have no answer (yet); -1: refused with 412 after one that has none
+        self.tries = 0  # times that it was throttled
 
 
 class _Kept:
@@ -124,108 +137,121 @@ class Twin:
         reports: "list[tuple[dict[str, object], int | None, bool]] | None" = None,
     ) -> None:
         self.state = OFFLINE
-        self.desired: "dict[str, object]" = {} if desired is None else desired
+        self.desired: "dict[str, object]" = desired or {}
         self.desired_version: "int | None" = None
         # What the hub is known to hold; None until the first document, and always without keep_reported.
         self.reported = reported if keep_reported else None
         self.reported_version: "int | None" = None
-        self.statistics: "dict[str, object]" = {
-            "connects": 0,
-            "retrieves": 0,
-            "notifications": 0,
-            "stale": 0,
-            "gaps": 0,
-            "reports": 0,
-            "coalesced": 0,
-            "rejected": 0,
-            "throttled": 0,
-            "ignored": 0,
-            "last_error": None,
-        }
+        self._counts = [0] * 10
+        self._last_error: "str | None" = None
         self._timeout = timeout
         self._request = request_id
         self._keep_reported = keep_reported
         self._ticket = 0
-        self._running = False
         # Offline: when to connect; None while a connection is being made, or not wanted.
         self._connect_at: "int | None" = None
-        # When to give up the CONNECT or the SUBSCRIBE that is under way.
-        self._wait: "int | None" = None
-        self._connect_tries = 0
-        self._lost = 0
+        self._connect_tries: int  # since start()
         # When this connection counts as stable, and how long that is after it became synchronised: less
         # than _STABLE where it follows another by a planned renewal, for a token may live less than that.
         self._stable_at: "int | None" = None
         self._stable_in = _STABLE
         # Connections in a row that were synchronised and did not live for _STABLE.
         self._short = 0
-        self._renew_at: "int | None" = None
         # True once the renewal is due: it waits for what is in flight, and nothing more is sent.
         self._renewing = False
-        # Retrieving: its request id and deadline while one is in flight, else when to send one.
-        self._get: "str | None" = None
-        self._get_wait = 0
+        # What the hub is asked for: the request id of a retrieve, True for CONNECT and SUBSCRIBE. And when
+        # that is given up.
+        self._get: "str | bool | None" = None
+        self._get_wait: int
+        # When to send a retrieve.
         self._get_at: "int | None" = None
-        self._get_tries = 0
-        self._get_version: "int | None" = None
+        # As the retrieve in flight was sent: the desired version, and the last ticket.
+        self._get_version: "int | None"
+        self._get_ticket: int
+        # Since it was sent: True if a report was answered; True if a notification came that is not kept.
+        self._moved: bool
+        self._again: bool
+        # Tickets of retrieves, in order.
         self._askers: "list[int]" = []
-        self._next_askers: "list[int]" = []
-        self._kept: "list[_Kept]" = []
-        self._again = False
-        # Reporting: the request id, patch and parts in flight, and what is gathered meanwhile.
+        # Every report not answered yet, in order. Of those in flight, which are the first: their number, the
+        # request id, the patch, and when it is given up.
+        self._queue: "list[_Part]" = []
+        self._flying: int
         self._flight: "str | None" = None
-        self._flight_patch: "dict[str, object]" = {}
-        self._flight_parts: "list[_Part]" = []
-        self._flight_wait = 0
+        self._flight_patch: "dict[str, object]"
+        self._flight_wait: int
         # True while nobody knows whether the hub merged the last patch in flight.
         self._unsure = False
+        # When the next may leave; and the same, if that is to gather some that nobody waits for.
         self._report_at = 0
-        # Until when reports are gathered that nobody waits for.
-        self._gather_until = 0
-        self._report_tries = 0
+        self._gather_until: "int | None" = None
+        # True once a document of this connection has told what the hub holds.
+        self._known = False
+        self._bound: "int | None" = None
+        # Of one connection, from connected() on: when to renew it; answers lost in a row; retrieves in a row
+        # that did not help; notifications that wait for the document.
+        self._renew_at: "int | None"
+        self._lost: int
+        self._get_tries: int
+        self._kept: "list[_Kept]"
+        if reports:
+            self._resume(reports)
+
+    def _resume(self, reports: "list[tuple[dict[str, object], int | None, bool]]") -> None:
         # Nobody of this run waits for a report of an earlier one: it has no ticket.
-        self._queue = [_Part(patch, None, version, alone) for patch, version, alone in reports or []]
+        self._queue = [_Part(patch, None, version, alone) for patch, version, alone in reports]
         for part in self._queue:
             if part.alone:
                 # It may have been sent: the document tells, as after a lost connection. What is before it
                 # needs no such care: of that only what the document lacks is sent.
-                part.tries = 1
+                part.sent = 1
                 self._unsure = True
                 self._flight_patch = part.patch
                 break
-        # True once a document of this connection has told what the hub holds.
-        self._known = False
-        # True if a report was answered since the retrieve in flight was sent.
-        self._moved = False
-        self._bound: "int | None" = None
 
     # ------------------------------------------------------------------ what the shell asks
 
     @property
     def deadline(self) -> "int | None":
         """When tick() has something to do, in milliseconds; None if nothing is due without an input."""
-        if self.state == OFFLINE:
-            return self._connect_at if self._wait is None else self._wait
-        if self.state == SUBSCRIBING:
-            return self._wait
-        times = []
-        if self._get is not None:
-            times.append(self._get_wait)
-        elif self._get_at is not None and not self._renewing:
-            times.append(self._get_at)
-        if self._flight is not None:
-            times.append(self._flight_wait)
-        elif self._queue and self._known and not self._renewing:
-            times.append(max(self._report_at, self._gather_until))
-        if self._renew_at is not None and self._known:
-            times.append(self._renew_at)
-        return min(times) if times else None
+        soonest = None
+        for due in (
+            self._connect_at,
+            self._get_at if self._get is None else self._get_wait,
+            self._flight_wait
+            if self._flight is not None
+            else self._report_at
+            if self._queue and self._known
+            else None,
+            self._renew_at if self._known else None,
+        ):
+            if due is not None and (soonest is None or due < soonest):
+                soonest = due
+        return soonest
+
+    @property
+    def counts(self) -> "dict[str, object]":
+        """Counts since this was made, and last_error (str or None)."""
+        counts = self._counts
+        return {
+            "connects": counts[_CONNECTS],
+            "retrieves": counts[_RETRIEVES],
+            "notifications": counts[_NOTIFICATIONS],
+            "stale": counts[_STALE],
+            "gaps": counts[_GAPS],
+            "reports": counts[_REPORTS],
+            "coalesced": counts[_COALESCED],
+            "rejected": counts[_REJECTED],
+            "throttled": counts[_THROTTLED],
+            "ignored": counts[_IGNORED],
+            "last_error": self._last_error,
+        }
 
     @property
     def target(self) -> "dict[str, object]":
         """What the app wants reported: the known reported properties and every report not answered yet."""
         target: "dict[str, object]" = self.reported or {}
-        for part in self._flight_parts + self._queue:
+        for part in self._queue:
             target = merge(target, part.patch)
         return target
 
@@ -233,20 +259,19 @@ class Twin:
     def unanswered(self) -> "list[tuple[dict[str, object], int | None, bool]]":
         """Every report not answered yet, in order: patch (shared: never to be changed), the version that it
         is bound to, and whether it goes alone."""
-        return [(part.patch, part.version, part.alone) for part in self._flight_parts + self._queue]
+        return [(part.patch, part.version, part.alone) for part in self._queue]
 
     @property
     def outstanding(self) -> bool:
         """True while a report is gathered or in flight."""
-        return bool(self._queue or self._flight is not None)
+        return bool(self._queue)
 
     # ------------------------------------------------------------------ inputs: the connection
 
     def start(self, now: int) -> "list[object]":
         """Want a connection from now on. Does nothing if it is wanted already."""
         out: "list[object]" = []
-        if not self._running:
-            self._running = True
+        if self.state == OFFLINE and self.deadline is None:
             self._connect_tries = 0
             self._dial(now, out)
         return out
@@ -254,24 +279,25 @@ class Twin:
     def stop(self) -> "list[object]":
         """Want no connection any more. What is gathered stays, for the next start()."""
         out: "list[object]" = []
-        if self._running:
-            self._running = False
+        if self.state != OFFLINE or self.deadline is not None:
             out.append(Disconnect())
-            self._leave(out)
-            self._connect_at = self._wait = None
+            self._leave(0, out)
+            self._connect_at = None
         return out
 
     def abandon(self) -> "list[object]":
         """Give up everything that is gathered or asked: each ticket ends in NotConnected."""
         error = NotConnected("the client was closed before the hub answered")
         out: "list[object]" = []
-        self._requeue()
+        if self._flight is not None:
+            self._flight = None
+            self._unsure = True
         for part in self._queue:
             if part.ticket is not None:
                 out.append(Reported(part.ticket, None, error))
-        for ticket in self._askers + self._next_askers:
+        for ticket in self._askers:
             out.append(Retrieved(ticket, None, error))
-        self._queue, self._askers, self._next_askers = [], [], []
+        self._queue, self._askers = [], []
         return out
 
     def connected(self, now: int, jitter: float, lifetime: "int | None" = None) -> "list[object]":
@@ -281,17 +307,14 @@ class Twin:
         machine reconnects after 80 % to 85 % of it, as soon as nothing is in flight.
         """
         out: "list[object]" = []
-        if self.state != OFFLINE or not self._running:
-            return out
-        self._count("connects")
-        self._lost = 0
-        self._renew_at = None if lifetime is None else now + int(lifetime * (0.80 + 0.05 * jitter))
-        self._connect_at = None
-        self._kept, self._again = [], False
-        self._get_at, self._get_tries = None, 0
-        self._enter(SUBSCRIBING, out)
-        self._wait = now + self._timeout
-        out.append(Subscribe(FILTERS))
+        if self.state == OFFLINE and self._get is not None:
+            self._counts[_CONNECTS] += 1
+            self._lost = self._get_tries = 0
+            self._kept = []
+            self._renew_at = None if lifetime is None else now + int(lifetime * (16 + jitter) / 20)
+            self._enter(SUBSCRIBING, out)
+            self._get_wait = now + self._timeout
+            out.append(Subscribe(FILTERS))
         return out
 
     def refused(self, return_code: int, now: int, jitter: float) -> "list[object]":
@@ -312,14 +335,16 @@ class Twin:
     def disconnected(self, now: int, jitter: float, error: "Exception | None" = None) -> "list[object]":
         """The connection was lost, or could not be made. error: why, where that is known."""
         out: "list[object]" = []
-        if self._running and (self.state != OFFLINE or self._connect_at is None):
+        if self.state != OFFLINE or self._get is not None:
             young = self._stable_at is not None and now < self._stable_at
             self._lose(now, jitter, error, out)
             if young:
                 self._short += 1
                 if self._short == _TAKEN_OVER:
                     # Told once: the newest connection of an identity ends the one before it.
-                    self._fail(ConnectRefused(_TAKEN_OVER_TEXT), out)
+                    error = ConnectRefused(_TAKEN_OVER_TEXT)
+                    self._last_error = str(error)
+                    out.append(Failed(error))
         return out
 
     def subscribed(self, granted: "tuple[int, ...]", now: int, jitter: float) -> "list[object]":
@@ -330,8 +355,9 @@ class Twin:
                 self._not_subscribed(granted, now, jitter, out)
             else:
                 self._lost = 0
-                self._enter(RETRIEVING, out)
+                self._get = None
                 self._get_at = now
+                self._enter(RETRIEVING, out)
                 self._flow(now, out)
         return out
 
@@ -346,40 +372,43 @@ class Twin:
     def tick(self, now: int, jitter: float) -> "list[object]":
         """Time has passed. Does nothing before `deadline`."""
         out: "list[object]" = []
-        if self.state == OFFLINE or self.state == SUBSCRIBING:
-            late = self._wait is not None and now >= self._wait
-            if self._connect_at is not None and now >= self._connect_at:
-                self._dial(now, out)
-        else:
-            late = (self._get is not None and now >= self._get_wait) or (
-                self._flight is not None and now >= self._flight_wait
-            )
-        if not late or not self._gave_up(now, jitter, out):
-            self._flow(now, out)
+        if self._connect_at is not None and now >= self._connect_at:
+            self._dial(now, out)
+        if (self._get is not None and now >= self._get_wait) or (
+            self._flight is not None and now >= self._flight_wait
+        ):
+            self._give_up(now, jitter, out)
+        self._flow(now, out)
         return out
 
-    def _gave_up(self, now: int, jitter: float, out: "list[object]") -> bool:
-        """Give up what is late. True: the connection with it."""
+    def _give_up(self, now: int, jitter: float, out: "list[object]") -> None:
+        """Give up what is late, and the connection if that is the second answer that is lost."""
         if self.state == OFFLINE:
             error = ConnectRefused("the hub did not answer CONNECT in time")
             out.append(Disconnect())
             self._lose(now, jitter, error, out)
-            return True
-        if self.state == SUBSCRIBING:
-            if self._give_up("SUBSCRIBE", now, jitter, out):
-                return True
-            self._wait = now + self._timeout
-            out.append(Subscribe(FILTERS))
-            return False
+            return
+        what = ""
         if self._get is not None and now >= self._get_wait:
-            self._get = None
-            self._get_at = now
-            if self._give_up("a retrieve", now, jitter, out):
-                return True
-        if self._flight is not None and now >= self._flight_wait:
-            self._requeue()
-            return self._give_up("a report", now, jitter, out)
-        return False
+            self._lost += 1
+            if self.state == SUBSCRIBING:
+                what = "SUBSCRIBE"
+                self._get_wait = now + self._timeout
+            else:
+                what = "a retrieve"
+                self._get = None
+                self._get_at = now
+        if self._flight is not None and now >= self._flight_wait and self._lost < 2:
+            self._lost += 1
+            what = "a report"
+            self._flight = None
+            self._unsure = True
+        # The first lost answer may be the hub's, the second in a row says that the connection is dead.
+        if self._lost >= 2:
+            out.append(Disconnect())
+            self._lose(now, jitter, RemoteError("the hub did not answer " + what + ", twice in a row"), out)
+        elif self.state == SUBSCRIBING:
+            out.append(Subscribe(FILTERS))
 
     # ------------------------------------------------------------------ inputs: messages
 
@@ -390,9 +419,11 @@ class Twin:
             return None
         if where.kind == DESIRED:
             return False
-        if where.request_id is not None and where.request_id == self._get:
-            return bool(200 <= where.status < 300)
-        return None if where.request_id is None or where.request_id != self._flight else False
+        request_id = where.request_id or ""
+        if request_id == self._get:
+            accepted: bool = where.status // 100 == 2
+            return accepted
+        return False if request_id == self._flight else None
 
     def message_received(self, topic: str, payload: object, now: int, jitter: float) -> "list[object]":
         """A PUBLISH of the hub. Foreign topics, and answers that nobody waits for, change nothing.
@@ -407,27 +438,32 @@ class Twin:
             return out
         if where.kind == DESIRED:
             self._notified(where.version, payload, now, jitter, out)
-        elif where.kind == RESPONSE and where.request_id is not None:
-            accepted = 200 <= where.status < 300
-            if where.request_id == self._get:
-                if accepted:
-                    self._retrieved(payload, now, jitter, out)
-                else:
-                    self._retrieve_refused(where, payload, now, jitter, out)
-            elif where.request_id == self._flight:
-                if accepted:
-                    self._reported(where.version, now, jitter, out)
-                else:
-                    self._report_refused(where, payload, now, jitter, out)
+        elif where.kind == RESPONSE:
+            accepted = (where.status // 100 == 2 and where.request_id) or ""
+            if accepted == self._get:
+                self._retrieved(payload, now, jitter, out)
+            elif accepted == self._flight:
+                self._reported(where.version, now, jitter, out)
             else:
-                self._ignored(where, now, jitter)
+                self._not_accepted(where, payload, now, jitter, out)
             self._flow(now, out)
         return out
 
-    def _ignored(self, where: Topic, now: int, jitter: float) -> None:
-        self._count("ignored")
-        if 200 <= where.status < 300 and self._flight is None and self._keep_reported:
-            self._doubt(where.version, 0, now, jitter)
+    def _not_accepted(
+        self, where: Topic, payload: object, now: int, jitter: float, out: "list[object]"
+    ) -> None:
+        """An answer that is no 2xx, or that nobody waits for."""
+        request_id = where.request_id
+        if request_id is None:
+            return
+        if request_id == self._get:
+            self._retrieve_refused(where, payload, now, jitter, out)
+        elif request_id == self._flight:
+            self._report_refused(where, payload, now, jitter, out)
+        else:
+            self._counts[_IGNORED] += 1
+            if where.status // 100 == 2 and self._flight is None and self._keep_reported:
+                self._doubt(where.version, 0, now, jitter)
 
     # ------------------------------------------------------------------ inputs: the app
 
@@ -437,57 +473,53 @@ class Twin:
         now: int,
         version: "int | None" = None,
         always: bool = False,
-        delay: int = 0,
     ) -> "tuple[int, list[object]]":
         """Have a merge patch of the reported properties brought to the hub.
 
         Returns its ticket and the outputs; Reported with that ticket tells the end. Reports that coalesced
         may share a ticket. version: the reported version that the hub must be at, else status 412. always:
-        send it even if it changes nothing. delay: milliseconds that it may wait for others to leave with it
-        if it follows another at once; a later report without a delay, and flush(), end that. PatchError: the
-        hub would refuse it; nothing was changed. LocalError: too much is gathered already.
+        send it even if it changes nothing. PatchError: the hub would refuse it; nothing was changed.
+        LocalError: too much is gathered already.
         """
         bound = check(patch)
         alone = always or version is not None
-        if self._keep_reported:
-            bound = self._bound_with(patch, bound)
+        ticket = None
+        if self._keep_reported or len(self._queue) >= _MAX_PARTS:
+            ticket = self._fitted(patch, bound, alone)
+        if ticket is None:
+            self._ticket += 1
+            ticket = self._ticket
+            self._queue.append(_Part(copy(patch), ticket, version, alone))  # type: ignore[arg-type]  # a dict, as patch
         out: "list[object]" = []
-        ticket = None if len(self._queue) < _MAX_PARTS else self._join(patch, alone)
-        self._bound = bound
-        if ticket is not None:
-            return ticket, out if delay else self.flush(now)
-        if not delay:
-            self._gather_until = 0
-        elif not self._queue:
-            self._gather(now, delay)
-        self._ticket += 1
-        ticket = self._ticket
-        self._queue.append(_Part(copy(patch), ticket, version, alone))  # type: ignore[arg-type]  # a dict, as patch
         self._flow(now, out)
         return ticket, out
 
-    def _bound_with(self, patch: "dict[str, object]", bound: int) -> int:
-        """An upper bound of the target's size with a patch. PatchError: the target is too large then.
+    def _fitted(self, patch: "dict[str, object]", bound: int, alone: bool) -> "int | None":
+        """Make room for a patch: the ticket of the report that it was joined to, None if it goes apart.
 
-        The exact size is looked at only once the bound says that it could be too much.
+        bound: of its own size. PatchError: the target would be too large. LocalError: as report().
         """
-        bound += size(self.target) if self._bound is None else self._bound
-        if bound > MAX_SECTION:
-            target = merge(self.target, patch)
-            check_section(target, patch)
-            bound = size(target)
-        return bound
+        if self._keep_reported:
+            # The exact size is looked at only once the bound says that it could be too much.
+            bound += size(self.target) if self._bound is None else self._bound
+            if bound > MAX_SECTION:
+                target = merge(self.target, patch)
+                check_section(target, patch)
+                bound = size(target)
+        waiting = len(self._queue) - (0 if self._flight is None else self._flying)
+        ticket = None if waiting < _MAX_PARTS else self._join(patch, alone, waiting >= _MAX_QUEUE)
+        self._bound = bound
+        return ticket
 
-    def _join(self, patch: "dict[str, object]", alone: bool) -> "int | None":
+    def _join(self, patch: "dict[str, object]", alone: bool, full: bool) -> "int | None":
         """Make one of the last report and a patch; its ticket, or None if they have to go apart.
 
         LocalError: they have to, and too much is gathered already.
         """
-        full = len(self._queue) >= _MAX_QUEUE
         last = self._queue[-1]
         # Apart stay: a part without a ticket, which restores what was reported before, and one that the hub
         # may have merged already.
-        if not (alone or last.alone or last.ticket is None or last.tries):
+        if not (alone or last.alone or last.ticket is None or last.sent):
             base = None
             if full and self.reported is not None:
                 # The last resort, since it counts on every report before it to be accepted.
@@ -497,43 +529,46 @@ class Twin:
             joined = compose(last.patch, patch, base)
             if joined is not None:
                 last.patch = joined
-                self._count("coalesced")
+                self._counts[_COALESCED] += 1
                 return last.ticket
         if full:
             raise LocalError("too many reports are gathered that cannot be joined; wait for their answers")
         return None
 
-    def _gather(self, now: int, delay: int) -> None:
-        lately = self._flight is not None or now < self._flight_wait - self._timeout + delay
-        self._gather_until = now + delay if lately else 0
+    def gather(self, now: int, delay: int) -> None:
+        """Have the next reports wait for others to leave with them; for this many milliseconds at most.
+
+        They wait only where the first of them follows another at once. 0, and flush(), end that.
+        """
+        if not delay:
+            if self._report_at == self._gather_until:
+                self._report_at = 0
+        elif now >= self._report_at and len(self._queue) == (0 if self._flight is None else self._flying):
+            lately = self._counts[_REPORTS] and now < self._flight_wait - self._timeout + delay
+            if self._flight is not None or lately:
+                self._report_at = self._gather_until = now + delay
 
     def flush(self, now: int) -> "list[object]":
         """Have what is gathered leave as soon as the way is free: somebody waits for it."""
         out: "list[object]" = []
-        self._gather_until = 0
+        self.gather(now, 0)
         self._flow(now, out)
         return out
 
-    def retrieve(self, now: int) -> "tuple[int, list[object]]":
+    def ask(self, now: int) -> "tuple[int, list[object]]":
         """Ask the hub for the twin as it is now. Returns a ticket; Retrieved with it tells the end."""
         out: "list[object]" = []
         self._ticket += 1
-        self._next_askers.append(self._ticket)
-        ticket = self._ticket
-        if self._known:
+        self._askers.append(self._ticket)
+        if self._known and self._get is None and self._get_at is None:
+            self._get_at = now
             self._flow(now, out)
-        return ticket, out
+        return self._ticket, out
 
     # ------------------------------------------------------------------ the connection
 
-    def _count(self, name: str, by: int = 1) -> None:
-        self.statistics[name] += by  # type: ignore[operator]  # all but last_error are integers
-
-    def _note(self, error: object) -> None:
-        self.statistics["last_error"] = str(error)
-
     def _fail(self, error: Exception, out: "list[object]") -> None:
-        self._note(error)
+        self._last_error = str(error)
         out.append(Failed(error))
 
     def _enter(self, state: str, out: "list[object]") -> None:
@@ -543,83 +578,62 @@ class Twin:
 
     def _dial(self, now: int, out: "list[object]") -> None:
         self._connect_at = None
-        self._wait = now + _CONNECT_TIMEOUT
+        self._get = True
+        self._get_wait = now + _CONNECT_TIMEOUT
         out.append(Connect())
 
-    def _leave(self, out: "list[object]", now: int = 0) -> None:
+    def _leave(self, now: int, out: "list[object]") -> None:
         if self._stable_at is not None and now >= self._stable_at:
             self._connect_tries = self._short = 0
         # The answers of this connection will not come: what was asked is asked again on the next one.
-        self._get = None
-        self._requeue()
-        self._known = False
-        self._renew_at = None
-        self._renewing = False
-        self._stable_at = None
+        if self._flight is not None:
+            self._flight = None
+            self._unsure = True
+        self._get = self._get_at = self._stable_at = None
         self._stable_in = _STABLE
+        self._known = self._renewing = False
         self._enter(OFFLINE, out)
 
     def _lose(self, now: int, jitter: float, error: "Exception | None", out: "list[object]") -> None:
-        self._leave(out, now)
-        self._wait = None
-        delay = min(_BACKOFF_CAP, _BACKOFF << min(self._connect_tries, 10))
-        if getattr(error, "can_retry", True):
-            if error is not None:
-                self._note(error)
-        else:
-            delay = min(_SLOW_CAP, _SLOW << min(self._connect_tries, 10)) // 2
-            jitter += 1
-            self._fail(error, out)  # type: ignore[arg-type]  # what cannot be retried is an error
+        self._leave(now, out)
         # Full jitter: clients that lost the same hub must not come back together.
-        self._connect_at = now + int(jitter * delay)
+        self._connect_at = now + int(jitter * min(_BACKOFF_CAP, _BACKOFF << min(self._connect_tries, 10)))
         self._connect_tries += 1
+        if error is not None:
+            self._last_error = str(error)
+            if not getattr(error, "can_retry", True):
+                self._slow_down(error, now, jitter, out)
 
-    def _give_up(self, what: str, now: int, jitter: float, out: "list[object]") -> bool:
-        # The first lost answer may be the hub's, the second in a row says that the connection is dead.
-        self._lost += 1
-        if self._lost < 2:
-            return False
-        out.append(Disconnect())
-        self._lose(now, jitter, RemoteError("the hub did not answer " + what + ", twice in a row"), out)
-        return True
+    def _slow_down(self, error: Exception, now: int, jitter: float, out: "list[object]") -> None:
+        """What only a person can help against is told, and tried again slowly."""
+        self._connect_at = now + _half_jitter(_SLOW, _SLOW_CAP, self._connect_tries - 1, jitter)
+        out.append(Failed(error))
 
     # ------------------------------------------------------------------ desired properties
 
-    def _ask(self, now: int, jitter: float) -> None:
+    def _ask_again(self, now: int, jitter: float) -> None:
         """Retrieve again: at once the first time, then ever more slowly until something goes right."""
-        if self._get_at is None:
+        # It may be just for the app that one is due now: that is no reason for haste.
+        if self._get_at is None or (self._askers and self._get_at == now):
             self._get_at = now
             if self._get_tries:
                 self._get_at += _half_jitter(_BACKOFF, _BACKOFF_CAP, self._get_tries - 1, jitter)
             self._get_tries += 1
 
     def _notified(
-        self, topic_version: "int | None", payload: object, now: int, jitter: float, out: "list[object]"
+        self, version: object, payload: object, now: int, jitter: float, out: "list[object]"
     ) -> None:
-        try:
-            patch = _read(payload)
-            if not isinstance(patch, dict):
-                raise ValueError("no JSON object")
+        patch = payload if isinstance(payload, dict) else _parsed(payload)
+        if patch is not None:
             # The body's $version counts; the topic's stands in only where the body has none.
-            version = patch.get("$version", topic_version)
-            for key in list(patch):
-                if key.startswith("$"):
-                    del patch[key]
-            if self.state == SYNCHRONISED and type(version) is int:
-                if version <= self.desired_version:  # type: ignore[operator]  # synchronised: there is one
-                    self._count("stale")
-                    return
-                if version == self.desired_version + 1:  # type: ignore[operator]  # as above
-                    self.desired = merge(self.desired, patch)
-                    self.desired_version = version
-                    self._count("notifications")
-                    out.append(DesiredChanged(patch, self.desired))
-                    return
-        except (ValueError, RuntimeError):
-            self._fail(
-                RemoteError("a desired notification is no JSON object; the twin is retrieved again"), out
-            )
-            patch = version = None
+            version = _stripped(patch, version)
+            following = self.desired_version + 1 if self.state == SYNCHRONISED else None  # type: ignore[operator]  # there is one
+            if version == following and type(version) is int:
+                self.desired = merge(self.desired, patch)
+                self.desired_version = version
+                self._counts[_NOTIFICATIONS] += 1
+                out.append(DesiredChanged(patch, self.desired))
+                return
         self._missed(version, patch, payload, now, jitter, out)
 
     def _missed(
@@ -631,7 +645,14 @@ class Twin:
         jitter: float,
         out: "list[object]",
     ) -> None:
-        """Keep a notification that cannot be applied yet, or retrieve again."""
+        """Discard a notification that is old, keep one that is early, or retrieve again."""
+        if patch is None:
+            text = "a desired notification is no JSON object; the twin is retrieved again"
+            self._fail(RemoteError(text), out)
+            version = None
+        if self.state == SYNCHRONISED and type(version) is int and version <= self.desired_version:  # type: ignore[operator]  # synchronised: there is one
+            self._counts[_STALE] += 1
+            return
         # Of a document that a board has read, this is just the number of keys.
         size = sum([kept.size for kept in self._kept]) + len(payload)  # type: ignore[arg-type]  # bytes or a dict
         if (
@@ -641,40 +662,34 @@ class Twin:
             and size <= _MAX_KEPT_BYTES
         ):
             self._kept.append(_Kept(version, patch, len(payload)))  # type: ignore[arg-type]  # as above
-        elif self._get is not None:
+        elif self._get is not None and self.state != SUBSCRIBING:
             # The document that is on its way may be older than what cannot be kept.
             self._again = True
         if self.state == SYNCHRONISED:
-            self._count("gaps")
+            self._counts[_GAPS] += 1
             self._enter(RETRIEVING, out)
             if self._get is None:
-                self._ask(now, jitter)
+                self._ask_again(now, jitter)
                 self._flow(now, out)
 
     def _retrieved(self, payload: object, now: int, jitter: float, out: "list[object]") -> None:
         self._get = None
         self._lost = 0
-        try:
-            twin = _read(payload)
-            if isinstance(twin, dict) and "desired" not in twin and isinstance(twin.get("properties"), dict):
-                twin = twin["properties"]
-            desired, version = _section(twin, "desired")
-            reported, reported_version = _section(twin, "reported")
-            if version is None:
-                raise ValueError("no $version")
-        except (ValueError, RuntimeError):
-            self._unreadable(now, jitter, out)
+        twin = (payload if isinstance(payload, dict) else _parsed(payload)) or {}
+        desired, version = _section(twin, "desired")
+        reported, reported_version = _section(twin, "reported")
+        if desired is None or version is None or reported is None:
+            self._unreadable(twin, now, jitter, out)
             return
         if self._askers:
-            self._answer(desired, reported, out)
+            self._answer(desired, reported, now, out)
         asked_at = self._get_version
         if asked_at is None or version < asked_at or version >= self.desired_version:  # type: ignore[operator]  # has one
             # Older than what it was asked at: the twin was deleted and created again.
             self._adopt(desired, version, now, jitter, out)
         elif self.state == RETRIEVING:
             # Notifications have overtaken it meanwhile; what is missing came after them.
-            self._again = False
-            self._ask(now, jitter)
+            self._ask_again(now, jitter)
         # A document that was on its way while a report was answered tells nothing about it.
         if not self._moved and self._flight is None:
             self.reported_version = reported_version
@@ -682,17 +697,27 @@ class Twin:
                 self._reconcile(reported, reported_version, out)
             self._known = True
 
-    def _unreadable(self, now: int, jitter: float, out: "list[object]") -> None:
+    def _unreadable(self, twin: "dict[str, object]", now: int, jitter: float, out: "list[object]") -> None:
+        properties = twin.get("properties")
+        if "desired" not in twin and isinstance(properties, dict) and "desired" in properties:
+            self._retrieved(properties, now, jitter, out)
+            return
         text = "the retrieved twin is no JSON object with desired and reported properties"
         self._fail(RemoteError(text), out)
-        self._ask(now, jitter)
+        self._ask_again(now, jitter)
 
     def _answer(
-        self, desired: "dict[str, object]", reported: "dict[str, object]", out: "list[object]"
+        self, desired: "dict[str, object]", reported: "dict[str, object]", now: int, out: "list[object]"
     ) -> None:
+        """Give the document to those who asked before the retrieve was sent; the others wait for the next."""
+        later = []
         for ticket in self._askers:
-            out.append(Retrieved(ticket, {"desired": copy(desired), "reported": copy(reported)}, None))
-        self._askers = []
+            if ticket > self._get_ticket:
+                later.append(ticket)
+                self._get_at = now
+            else:
+                out.append(Retrieved(ticket, {"desired": copy(desired), "reported": copy(reported)}, None))
+        self._askers = later
 
     def _retrieve_refused(
         self, where: Topic, payload: object, now: int, jitter: float, out: "list[object]"
@@ -700,21 +725,25 @@ class Twin:
         status = where.status
         code, tracking_id, message = _explained(payload)
         delay = _retry_delay(where, code, self._get_tries, jitter)
+        asked = [ticket for ticket in self._askers if ticket <= self._get_ticket]
         self._get = None
         self._lost = 0
         if delay is None:
             error = RetrieveRejected(status, code, tracking_id, message)
-            for ticket in self._askers:
+            for ticket in asked:
                 out.append(Retrieved(ticket, None, error))
-            self._askers = []
+            del self._askers[: len(asked)]
+            asked = []
             self._fail(error, out)
             delay = _half_jitter(_SLOW, _SLOW_CAP, self._get_tries, jitter)
         else:
-            self._count("throttled")
-            self._note("status " + str(status) + " to a retrieve")
+            self._counts[_THROTTLED] += 1
+            self._last_error = "status " + str(status) + " to a retrieve"
         self._get_tries += 1
-        if self.state == RETRIEVING or self._askers or not self._known:
+        if self.state == RETRIEVING or asked or not self._known:
             self._get_at = now + delay
+        elif self._askers and self._get_at is None:
+            self._get_at = now
 
     def _adopt(
         self, desired: "dict[str, object]", version: int, now: int, jitter: float, out: "list[object]"
@@ -728,16 +757,18 @@ class Twin:
             self.desired = desired
             out.append(DesiredChanged(change, desired))
         if self._kept or self._again:
-            self._again = False
-            if self._kept:
-                self._count("gaps")
-            self._enter(RETRIEVING, out)
-            self._ask(now, jitter)
+            self._still_behind(now, jitter, out)
         else:
             self._get_tries = 0
             if self._stable_at is None:
                 self._stable_at = now + self._stable_in
             self._enter(SYNCHRONISED, out)
+
+    def _still_behind(self, now: int, jitter: float, out: "list[object]") -> None:
+        if self._kept:
+            self._counts[_GAPS] += 1
+        self._enter(RETRIEVING, out)
+        self._ask_again(now, jitter)
 
     def _caught_up(self, desired: "dict[str, object]", version: int) -> "tuple[dict[str, object], int]":
         """A document with the notifications that follow it; behind a gap they are kept."""
@@ -748,10 +779,10 @@ class Twin:
             if kept.version == version + 1:
                 desired = merge(desired, kept.patch)
                 version += 1
-                self._count("notifications")
+                self._counts[_NOTIFICATIONS] += 1
             elif kept.version <= version or kept.outlived:
                 # Old; or a second document in a row does not know it: no such version was ever written.
-                self._count("stale")
+                self._counts[_STALE] += 1
             else:
                 kept.outlived = True
                 gap.append(kept)
@@ -768,8 +799,8 @@ class Twin:
         merged = self._unsure and same(merge(reported, self._flight_patch), reported)
         self._unsure = False
         for part in self._queue[:1]:
-            if part.version is not None and part.tries:
-                if version == part.version and part.tries == 1:
+            if part.version is not None and part.sent:
+                if version == part.version and part.sent > 0:
                     merged = False  # it would have moved the version
                     break
                 del self._queue[0]
@@ -786,85 +817,82 @@ class Twin:
                 self._queue.insert(0, _Part(restore, None, None, False))
         self.reported = reported
 
-    def _requeue(self) -> None:
-        if self._flight is not None:
-            self._unsure = True
-        for part in self._flight_parts:
-            part.tries = max(part.tries, 1)
-        self._queue = self._flight_parts + self._queue
-        self._flight_parts = []
-        self._flight = None
-
     def _flow(self, now: int, out: "list[object]") -> None:
         """Send whatever may go now: at most one retrieve and one report are in flight."""
-        if self.state != RETRIEVING and self.state != SYNCHRONISED:
-            return
-        if self._renew_at is not None and now >= self._renew_at and self._known:
-            self._renew_at = None
-            self._renewing = True
-        renewing = self._renewing
-        if self._get is None and not renewing:
-            if self._next_askers and self._known and self._get_at is None:
-                self._get_at = now
-            if self._get_at is not None and now >= self._get_at:
-                self._get_at = None
-                self._askers += self._next_askers
-                self._next_askers = []
-                self._get = self._next_request()
-                self._get_wait = now + self._timeout
-                self._get_version = self.desired_version
-                self._moved = False
-                self._count("retrieves")
-                out.append(Publish(retrieve_topic(self._get), b""))
-        if (
-            self._flight is None
-            and self._known
-            and self._queue
-            and not renewing
-            and now >= self._report_at
-            and now >= self._gather_until
-        ):
-            self._send_report(now, out)
-        if renewing and self._flight is None and self._get is None:
+        if self._renewing or (self._known and self._renew_at is not None and now >= self._renew_at):
             self._renew(now, out)
+        if self._get is None and self._get_at is not None and now >= self._get_at:
+            self._get_at = None
+            self._get = self._next_request()
+            self._get_wait = now + self._timeout
+            self._get_version = self.desired_version
+            self._get_ticket = self._ticket
+            self._moved = self._again = False
+            self._counts[_RETRIEVES] += 1
+            out.append(Publish(retrieve_topic(self._get), b""))
+        if self._flight is None and self._known and self._queue and now >= self._report_at:
+            self._send_report(now, out)
 
     def _renew(self, now: int, out: "list[object]") -> None:
-        # Planned: no backoff, no attempt that counts, and nobody else's doing.
-        self._short = 0
-        stable_in = self._stable_in if self._stable_at is None else max(0, self._stable_at - now)
-        out.append(Disconnect())
-        self._leave(out, now)
-        self._stable_in = stable_in
-        self._dial(now, out)
+        # So nothing more is sent.
+        self._renewing = True
+        self._known = False
+        self._get_at = None
+        if self._get is None and self._flight is None:
+            # Planned: no backoff, no attempt that counts, and nobody else's doing.
+            self._short = 0
+            stable_in = self._stable_in if self._stable_at is None else max(0, self._stable_at - now)
+            out.append(Disconnect())
+            self._leave(now, out)
+            self._stable_in = stable_in
+            self._dial(now, out)
 
     def _next_request(self) -> str:
         self._request += 1
         return str(self._request)
 
     def _send_report(self, now: int, out: "list[object]") -> None:
+        first = self._queue[0]
+        patch = first.patch
+        self._flying = 1
+        if not first.alone and (len(self._queue) > 1 or self.reported is not None):
+            patch = self._joined(out)  # type: ignore[assignment]  # None is looked at next
+            if patch is None:
+                return
+            first = self._queue[0]
+        first.sent += 1
+        self._flight = self._next_request()
+        self._flight_patch = patch
+        self._flight_wait = now + self._timeout
+        self._counts[_REPORTS] += 1
+        out.append(Publish(report_topic(self._flight, first.version), dumps(patch).encode()))
+
+    def _joined(self, out: "list[object]") -> "dict[str, object] | None":
+        """One patch of those at the head of the queue that may go together; None if nothing is left to send.
+
+        What changes nothing is answered.
+        """
         while self._queue:
             parts, patch = self._next_patch()
+            if patch is not None:
+                self._flying = len(parts)
+                self._counts[_COALESCED] += len(parts) - 1
+                for part in parts[1:]:
+                    part.sent += 1
+                return patch
             del self._queue[: len(parts)]
-            if patch is None:
-                self._end(parts, self.reported_version, out)
-                continue
-            self._flight = self._next_request()
-            self._flight_patch, self._flight_parts = patch, parts
-            self._flight_wait = now + self._timeout
-            self._count("reports")
-            self._count("coalesced", len(parts) - 1)
-            version: "int | None" = parts[0].version
-            out.append(Publish(report_topic(self._flight, version), dumps(patch).encode()))
-            return
+            for part in parts:
+                out.append(Reported(part.ticket, self.reported_version, None))
+        return None
 
     def _next_patch(self) -> "tuple[list[_Part], dict[str, object] | None]":
         """The parts at the head of the queue that go out together, and their patch; None: nothing changes."""
         first = self._queue[0]
         patch = first.patch
-        if first.alone:
-            return [first], patch
         parts = [first]
-        if self.reported is None or not self._keep_reported:
+        if first.alone:
+            return parts, patch
+        if self.reported is None:
             for part in self._queue[1:]:
                 joined = None if part.alone else compose(patch, part.patch)
                 if joined is None:
@@ -890,58 +918,56 @@ class Twin:
 
     def _reported(self, version: "int | None", now: int, jitter: float, out: "list[object]") -> None:
         if self._keep_reported:
-            # Sent again, it may have been merged twice.
-            self._doubt(version, 2 if self._flight_parts[0].tries else 1, now, jitter)
-            self.reported = merge(self.reported, self._flight_patch)
+            self._take_over(version, now, jitter)
         self._flight = None
         self._lost = 0
-        parts, self._flight_parts = self._flight_parts, []
         self._moved = True
         self.reported_version = version
-        self._report_tries = 0
-        self._unsure = False
-        self._end(parts, version, out)
+        for _ in range(self._flying):
+            out.append(Reported(self._queue.pop(0).ticket, version, None))
 
-    def _end(self, parts: "list[_Part]", version: "int | None", out: "list[object]") -> None:
-        for part in parts:
-            out.append(Reported(part.ticket, version, None))
+    def _take_over(self, version: "int | None", now: int, jitter: float) -> None:
+        """What was in flight is a part of the known reported properties now."""
+        # Sent again, it may have been merged twice.
+        self._doubt(version, 2 if self._queue[0].sent > 1 else 1, now, jitter)
+        self.reported = merge(self.reported, self._flight_patch)
+        self._unsure = False
 
     def _report_refused(
         self, where: Topic, payload: object, now: int, jitter: float, out: "list[object]"
     ) -> None:
         status = where.status
         code, tracking_id, message = _explained(payload)
-        delay = _retry_delay(where, code, self._report_tries, jitter)
-        error = ReportRejected(status, code, tracking_id, message) if delay is None else None
+        parts = self._queue[: self._flying]
+        first = parts[0]
+        delay = _retry_delay(where, code, first.tries, jitter)
+        error = ReportRejected(status, code, tracking_id, message)
         self._flight = None
         self._lost = 0
-        parts, self._flight_parts = self._flight_parts, []
-        again = True
-        doubtful = status == 412 and parts[0].tries and self._keep_reported
-        if error is None:
-            self._report_tries += 1
-            self._report_at = now + delay  # type: ignore[operator]  # it is not None
-            self._count("throttled")
-            self._note("status " + str(status) + " to a report")
-        elif doubtful:
+        for part in parts:
+            part.sent -= 1  # this time has an answer
+        if delay is not None:
+            first.tries += 1
+            self._report_at = now + delay
+            self._counts[_THROTTLED] += 1
+            self._last_error = "status " + str(status) + " to a report"
+        elif status == 412 and first.sent > 0 and self._keep_reported:
             # The first time may have been applied and its answer lost: the document tells.
-            parts[0].tries = 2
+            first.sent = -1
             self._known = False
             self._moved = True
+            self._ask_again(now, jitter)
         else:
             self._bound = None
             self._unsure = False
-            self._note(error)
-            # The hub refuses a patch whole. Each part goes again by itself: only the guilty one is lost.
-            again = len(parts) > 1
-            for part in parts:
-                part.alone = True
-        if again:
-            self._queue = parts + self._queue
-            if doubtful:
-                self._ask(now, jitter)
-        else:
-            self._end_refused(parts[0], error, out)  # type: ignore[arg-type]  # not again: there is one
+            self._last_error = str(error)
+            if len(parts) > 1:
+                # The hub refuses a patch whole. Each part goes again by itself: only the guilty one is lost.
+                for part in parts:
+                    part.alone = True
+            else:
+                del self._queue[0]
+                self._end_refused(first, error, out)
 
     def _doubt(self, version: "int | None", writes: int, now: int, jitter: float) -> None:
         """Look at the document if the reported version has grown by more than our own writes.
@@ -952,26 +978,37 @@ class Twin:
         if self._known and known is not None and version is not None and version > known + writes:
             self._known = False
             self._moved = True
-            self._ask(now, jitter)
+            self._ask_again(now, jitter)
 
     def _end_refused(self, part: _Part, error: ReportRejected, out: "list[object]") -> None:
-        self._count("rejected")
+        self._counts[_REJECTED] += 1
         out.append(Failed(error) if part.ticket is None else Reported(part.ticket, None, error))
 
 
-def _read(payload: object) -> object:
-    return loads(payload) if isinstance(payload, bytes) else payload
+def _parsed(payload: object) -> "dict[str, object] | None":
+    """The document of these bytes; None if they are no JSON object."""
+    try:
+        document = loads(payload)  # type: ignore[arg-type]  # it is bytes
+    except (ValueError, RuntimeError):
+        return None
+    return document if isinstance(document, dict) else None
 
 
-def _section(twin: object, name: str) -> "tuple[dict[str, object], int | None]":
-    """One section of a twin, without `$` keys and nulls, and its `$version`. The section is changed."""
-    section = twin.get(name) if isinstance(twin, dict) else None
-    if not isinstance(section, dict):
-        raise ValueError("no " + name)
-    version = section.get("$version")
-    for key in list(section):
+def _stripped(document: "dict[str, object]", version: object) -> object:
+    """Take the `$` keys out of a document; its `$version`, or this one if it has none."""
+    version = document.get("$version", version)
+    for key in list(document):
         if key.startswith("$"):
-            del section[key]
+            del document[key]
+    return version
+
+
+def _section(twin: "dict[str, object]", name: str) -> "tuple[dict[str, object] | None, int | None]":
+    """One section of a twin, without `$` keys and nulls, and its `$version`. The section is changed."""
+    section = twin.get(name)
+    if not isinstance(section, dict):
+        return None, None
+    version = _stripped(section, None)
     _drop_nulls(section)
     return section, version if type(version) is int else None
 
@@ -987,12 +1024,7 @@ def _drop_nulls(document: "dict[str, object]") -> None:
 
 def _explained(payload: object) -> "tuple[object, object, object]":
     """errorCode, trackingId and message of an error's body; None for what it does not have."""
-    try:
-        body = _read(payload)
-    except (ValueError, RuntimeError):
-        body = None
-    if not isinstance(body, dict):
-        return None, None, None
+    body = (payload if isinstance(payload, dict) else _parsed(payload)) or {}
     return body.get("errorCode"), body.get("trackingId"), body.get("message")
 
 
