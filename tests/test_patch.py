@@ -390,6 +390,19 @@ class Word(str):
     pass
 
 
+class Mapping(dict):
+    pass
+
+
+def test_only_the_patch_itself_may_be_a_kind_of_dict():
+    patch = Mapping(a={"b": 1})
+    assert check(patch) == 1 + 1 + 8
+    assert copy(patch) == patch
+    assert same(patch, {"a": {"b": 1}})
+    with pytest.raises(PatchError, match="a value is a dict"):
+        check({"a": Mapping(b=1)})
+
+
 cycle = {}
 cycle["again"] = cycle
 loop = []

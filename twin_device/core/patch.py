@@ -12,6 +12,7 @@ MAX_KEY = 1024  # bytes of UTF-8
 MAX_STRING = 4096  # bytes of UTF-8
 MAX_INTEGER = 4503599627370495
 MIN_INTEGER = -4503599627370496
+_INTEGER_BITS = 52  # of what is between them, beside the sign
 MAX_DEPTH = 10  # objects and arrays below the section
 MAX_SECTION = 32768  # bytes by the hub's own size rule, see size()
 # What the hub sends nests at most 2 deeper than MAX_DEPTH; what follows recurses, on small stacks too.
@@ -32,6 +33,7 @@ if sys.implementation.name == "micropython":
     import json
 
     decode = json.loads
+    _utf8 = str.encode  # it writes a lone surrogate as three bytes that are no UTF-8
 
     def dumps(document: object) -> str:
         return json.dumps(document, separators=(",", ":"))
@@ -57,6 +59,13 @@ else:
 
         _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # type: ignore[assignment]  # as above
         return _encode(document)
+
+    def _utf8(text: str) -> bytes:  # type: ignore[misc]  # as above
+        try:
+            return text.encode()
+        except ValueError:
+            # As MicroPython writes it.
+            return text.encode("utf-8", "surrogatepass")
 
     def dumps(document: object) -> str:
         """The document as compact JSON, non-ASCII characters as they are."""
@@ -116,11 +125,15 @@ def _is_deeper(value: object, levels: int) -> bool:
 def copy(value: object) -> object:
     """The same document in dicts and lists of its own."""
     if isinstance(value, dict):
-        return {
-            key: copy(member) if isinstance(member, (dict, list)) else member for key, member in value.items()
-        }
-    if isinstance(value, list):
-        return [copy(member) for member in value]
+        value = keys = dict(value)
+    elif isinstance(value, list):
+        value = list(value)
+        keys = range(len(value))  # type: ignore[assignment]  # either leads to every member
+    else:
+        return value
+    for key in keys:
+        if isinstance(value[key], (dict, list)):
+            value[key] = copy(value[key])
     return value
 
 
@@ -136,10 +149,8 @@ def merge(target: object, patch: "dict[str, object]") -> "dict[str, object]":
             result.pop(key, None)
         elif isinstance(value, dict):
             result[key] = merge(result.get(key), value)
-        elif isinstance(value, list):
-            result[key] = copy(value)
         else:
-            result[key] = value
+            result[key] = copy(value) if isinstance(value, list) else value
     return result
 
 
@@ -148,21 +159,19 @@ def same(one: object, other: object) -> bool:
     if one is other:
         return True
     if isinstance(one, dict):
-        if not isinstance(other, dict) or len(one) != len(other):
-            return False
-        for key, value in one.items():
-            if key not in other or not same(value, other[key]):
-                return False
+        kind: type = dict
     elif isinstance(one, list):
-        if not isinstance(other, list) or len(one) != len(other):
-            return False
-        for index, value in enumerate(one):
-            if not same(value, other[index]):
-                return False
-    elif _NOISE and type(one) is float and (type(other) is float or type(other) is int):
-        return abs(one - other) <= _NOISE * abs(one)
+        kind = list
+    elif _NOISE and type(one) is float and type(other) in (float, int):
+        return abs(one - other) <= _NOISE * abs(one)  # type: ignore[operator]  # they are numbers
     else:
-        return one == other and (type(one) is bool) == (type(other) is bool)
+        # There is but one True, and one False.
+        return one == other and bool not in (type(one), type(other))
+    if not isinstance(other, kind) or len(one) != len(other):  # type: ignore[arg-type]  # kind says so
+        return False
+    for key in one if kind is dict else range(len(one)):
+        if (kind is dict and key not in other) or not same(one[key], other[key]):  # type: ignore[index, operator]  # as above
+            return False
     return True
 
 
@@ -176,10 +185,7 @@ def diff(old: "dict[str, object]", new: "dict[str, object]") -> "dict[str, objec
         if key not in new:
             patch[key] = None
     for key, value in new.items():
-        if key not in old:
-            patch[key] = value
-            continue
-        before = old[key]
+        before = old.get(key)
         if before is value:
             # What a merge has not touched is the very same.
             continue
@@ -248,7 +254,7 @@ def check(patch: object) -> int:
     """
     if not isinstance(patch, dict):
         raise PatchError("", "a patch is a JSON object (dict)", _type_name(patch))
-    return _check_object(patch, [], 0, False)
+    return _check(patch, dict, (), 0, False)
 
 
 def check_section(section: object, patch: "dict[str, object]") -> None:
@@ -259,86 +265,72 @@ def check_section(section: object, patch: "dict[str, object]") -> None:
         raise PatchError(largest, "all reported properties together are at most 32768 bytes", total)
 
 
-def _check_object(value: "dict[str, object]", path: "list[object]", depth: int, in_array: bool) -> int:
-    total = 0
-    for key, member in value.items():
-        path.append(key)
-        total += _check_key(key, path) + _check_value(member, path, depth, in_array)
-        path.pop()
-    return total
-
-
-def _check_value(value: object, path: "list[object]", depth: int, in_array: bool) -> int:
-    kind = type(value)
+def _check(value: object, kind: type, where: "tuple[object, ...]", depth: int, in_array: bool) -> int:
+    """kind: its type. where: (), or what it is in, as a place of this kind, and its key or index there."""
     if kind is str:
-        return _check_text("a string", value, MAX_STRING, path)  # type: ignore[arg-type]  # kind says so
+        return _check_text("a string", value, MAX_STRING, where)  # type: ignore[arg-type]  # kind says so
     if kind is bool:
         return 4
     # value - value: not 0 for NaN and both infinities.
-    if (kind is int and MIN_INTEGER <= value <= MAX_INTEGER) or (kind is float and value - value == 0):  # type: ignore[operator]  # as above
+    if (kind is int and -1 <= value >> _INTEGER_BITS <= 0) or (kind is float and value - value == 0):  # type: ignore[operator]  # as above
         return 8
     if value is None and not in_array:
         return 0
-    depth += 1
     if (kind is not dict and kind is not list) or depth > MAX_DEPTH:
-        raise _unfit(value, path, depth)
-    if kind is dict:
-        return _check_object(value, path, depth, in_array)  # type: ignore[arg-type]  # as above
+        raise _unfit(value, where, depth)
     total = 0
-    members: "list[object]" = value  # type: ignore[assignment]  # as above
-    for index, member in enumerate(members):
-        path.append(index)
-        total += _check_value(member, path, depth, True)
-        path.pop()
+    for key in value if kind is dict else range(len(value)):  # type: ignore[arg-type, attr-defined]  # as above
+        place = (where, key)
+        if kind is dict:
+            total += _check_key(key, place)
+        member = value[key]  # type: ignore[index]  # as above
+        total += _check(member, type(member), place, depth + 1, in_array or kind is list)
     return total
 
 
-def _unfit(value: object, path: "list[object]", depth: int) -> PatchError:
+def _unfit(value: object, where: "tuple[object, ...]", depth: int) -> PatchError:
     if type(value) is int:
         limit = "an integer is from -4503599627370496 to 4503599627370495"
     elif type(value) is float:
         limit = "a number must be finite"
     elif value is None:
-        return PatchError(_text(path), "null removes a key and has no meaning inside an array")
+        return PatchError(_text(where), "null removes a key and has no meaning inside an array")
     elif type(value) is dict or type(value) is list:
         limit = "objects and arrays nest at most 10 deep"
         value = depth
     else:
         limit = "a value is a dict, list, str, int, float, bool or None"
         value = _type_name(value)
-    return PatchError(_text(path), limit, value)
+    return PatchError(_text(where), limit, value)
 
 
-def _check_key(key: object, path: "list[object]") -> int:
+def _check_key(key: object, where: "tuple[object, ...]") -> int:
     if type(key) is not str:
-        raise PatchError(_text(path), "a key is a str", _type_name(key))
-    count = _check_text("a key", key, MAX_KEY, path)
+        raise PatchError(_text(where), "a key is a str", _type_name(key))
+    count = _check_text("a key", key, MAX_KEY, where)
     if not key.isalpha():
         for character in key:
-            if character in ".$# " or character < " " or "\x7f" <= character <= "\x9f":
-                raise PatchError(_text(path), "a key has no control character, space, '.', '$' or '#'")
+            if character <= " " or character in ".$#" or "\x7f" <= character <= "\x9f":
+                raise PatchError(_text(where), "a key has no control character, space, '.', '$' or '#'")
     return count
 
 
-def _check_text(what: str, text: str, most: int, path: "list[object]") -> int:
-    try:
-        count = len(_utf8(text))
-    except ValueError:
-        raise PatchError(_text(path), what + " must be valid Unicode (no lone surrogate)") from None
+def _check_text(what: str, text: str, most: int, where: "tuple[object, ...]") -> int:
+    data = _utf8(text)
+    if b"\xed" in data:
+        _check_surrogates(what, data, where)
+    count = len(data)
     if count > most:
-        raise PatchError(_text(path), what + " is at most " + str(most) + " bytes of UTF-8", count)
+        raise PatchError(_text(where), what + " is at most " + str(most) + " bytes of UTF-8", count)
     return count
 
 
-def _utf8(text: str) -> bytes:
-    data = text.encode()
-    # CPython refuses a lone surrogate by itself, MicroPython writes it as three bytes that are no UTF-8.
+def _check_surrogates(what: str, data: bytes, where: "tuple[object, ...]") -> None:
     at = data.find(b"\xed")
     while at >= 0:
         if data[at + 1] >= 0xA0:
-            raise ValueError("lone surrogate")
+            raise PatchError(_text(where), what + " must be valid Unicode (no lone surrogate)")
         at = data.find(b"\xed", at + 1)
-    return data
 
 
 def _text_size(text: str) -> int:
@@ -351,7 +343,11 @@ def _text_size(text: str) -> int:
     return count
 
 
-def _text(path: "list[object]") -> str:
+def _text(where: "tuple[object, ...]") -> str:
+    path: "list[object]" = []
+    while where:
+        where, part = where  # type: ignore[assignment]  # a place and a key
+        path.insert(0, part)
     text = ""
     for part in path:
         if type(part) is int:
