@@ -128,6 +128,7 @@ RARE: dict[str, tuple[str, ...]] = {
         "Twin._not_accepted",
         "Twin._not_subscribed",
         "Twin._slow_down",
+        "Twin._drop",
         "Twin._give_up",
         "Twin._renew",
         "Twin._fail",

@@ -67,6 +67,7 @@ _BACKOFF_CAP = const(100000)
 _SLOW = const(60000)
 _SLOW_CAP = const(900000)
 _STABLE = const(60000)
+_OVERDUE = const(1)  # a time that is long past
 _CONNECT_TIMEOUT = const(60000)  # the hub delays CONNACK when it is throttled
 
 _TAKEN_OVER = const(3)
@@ -157,8 +158,6 @@ class Twin:
         self._stable_in = _STABLE
         # Connections in a row that were synchronised and did not live for _STABLE.
         self._short = 0
-        # True once the renewal is due: it waits for what is in flight, and nothing more is sent.
-        self._renewing = False
         # What the hub is asked for: the request id of a retrieve, True for CONNECT and SUBSCRIBE. And when
         # that is given up.
         self._get: "str | bool | None" = None
@@ -188,9 +187,10 @@ class Twin:
         # True once a document of this connection has told what the hub holds.
         self._known = False
         self._bound: "int | None" = None
-        # Of one connection, from connected() on: when to renew it; answers lost in a row; retrieves in a row
-        # that did not help; notifications that wait for the document.
-        self._renew_at: "int | None"
+        # When to renew this connection; _OVERDUE while that waits for what is in flight.
+        self._renew_at: "int | None" = None
+        # Of one connection, from connected() on: answers lost in a row; retrieves in a row that did not help;
+        # notifications that wait for the document.
         self._lost: int
         self._get_tries: int
         self._kept: "list[_Kept]"
@@ -337,7 +337,15 @@ class Twin:
         out: "list[object]" = []
         if self.state != OFFLINE or self._get is not None:
             young = self._stable_at is not None and now < self._stable_at
-            self._lose(now, jitter, error, out)
+            self._leave(now, out)
+            # Full jitter: clients that lost the same hub must not come back together.
+            delay = min(_BACKOFF_CAP, _BACKOFF << min(self._connect_tries, 10))
+            self._connect_at = now + int(jitter * delay)
+            self._connect_tries += 1
+            if error is not None:
+                self._last_error = str(error)
+                if not getattr(error, "can_retry", True):
+                    self._slow_down(error, now, jitter, out)
             if young:
                 self._short += 1
                 if self._short == _TAKEN_OVER:
@@ -365,9 +373,7 @@ class Twin:
         self, granted: "tuple[int, ...]", now: int, jitter: float, out: "list[object]"
     ) -> None:
         text = "the hub refused a subscription (SUBACK " + str(list(granted))
-        error = ConnectRefused(text + "): is it a Basic tier hub?", False)
-        out.append(Disconnect())
-        self._lose(now, jitter, error, out)
+        self._drop(ConnectRefused(text + "): is it a Basic tier hub?", False), now, jitter, out)
 
     def tick(self, now: int, jitter: float) -> "list[object]":
         """Time has passed. Does nothing before `deadline`."""
@@ -384,9 +390,7 @@ class Twin:
     def _give_up(self, now: int, jitter: float, out: "list[object]") -> None:
         """Give up what is late, and the connection if that is the second answer that is lost."""
         if self.state == OFFLINE:
-            error = ConnectRefused("the hub did not answer CONNECT in time")
-            out.append(Disconnect())
-            self._lose(now, jitter, error, out)
+            self._drop(ConnectRefused("the hub did not answer CONNECT in time"), now, jitter, out)
             return
         what = ""
         if self._get is not None and now >= self._get_wait:
@@ -405,8 +409,8 @@ class Twin:
             self._unsure = True
         # The first lost answer may be the hub's, the second in a row says that the connection is dead.
         if self._lost >= 2:
-            out.append(Disconnect())
-            self._lose(now, jitter, RemoteError("the hub did not answer " + what + ", twice in a row"), out)
+            error = RemoteError("the hub did not answer " + what + ", twice in a row")
+            self._drop(error, now, jitter, out)
         elif self.state == SUBSCRIBING:
             out.append(Subscribe(FILTERS))
 
@@ -421,8 +425,7 @@ class Twin:
             return False
         request_id = where.request_id or ""
         if request_id == self._get:
-            accepted: bool = where.status // 100 == 2
-            return accepted
+            return where.status // 100 == 2  # type: ignore[no-any-return]  # a namedtuple has no types
         return False if request_id == self._flight else None
 
     def message_received(self, topic: str, payload: object, now: int, jitter: float) -> "list[object]":
@@ -589,20 +592,17 @@ class Twin:
         if self._flight is not None:
             self._flight = None
             self._unsure = True
-        self._get = self._get_at = self._stable_at = None
+        self._get = self._get_at = self._stable_at = self._renew_at = None
         self._stable_in = _STABLE
-        self._known = self._renewing = False
+        self._known = False
         self._enter(OFFLINE, out)
 
-    def _lose(self, now: int, jitter: float, error: "Exception | None", out: "list[object]") -> None:
-        self._leave(now, out)
-        # Full jitter: clients that lost the same hub must not come back together.
-        self._connect_at = now + int(jitter * min(_BACKOFF_CAP, _BACKOFF << min(self._connect_tries, 10)))
-        self._connect_tries += 1
-        if error is not None:
-            self._last_error = str(error)
-            if not getattr(error, "can_retry", True):
-                self._slow_down(error, now, jitter, out)
+    def _drop(self, error: Exception, now: int, jitter: float, out: "list[object]") -> None:
+        """End a connection that is no good. However young it is, that is nobody else's doing."""
+        if self._stable_at is not None and now < self._stable_at:
+            self._stable_at = None
+        out.append(Disconnect())
+        out.extend(self.disconnected(now, jitter, error))
 
     def _slow_down(self, error: Exception, now: int, jitter: float, out: "list[object]") -> None:
         """What only a person can help against is told, and tried again slowly."""
@@ -819,7 +819,7 @@ class Twin:
 
     def _flow(self, now: int, out: "list[object]") -> None:
         """Send whatever may go now: at most one retrieve and one report are in flight."""
-        if self._renewing or (self._known and self._renew_at is not None and now >= self._renew_at):
+        if self._renew_at is not None and now >= self._renew_at:
             self._renew(now, out)
         if self._get is None and self._get_at is not None and now >= self._get_at:
             self._get_at = None
@@ -834,8 +834,10 @@ class Twin:
             self._send_report(now, out)
 
     def _renew(self, now: int, out: "list[object]") -> None:
+        if not self._known and self._renew_at != _OVERDUE:
+            return  # a connection becomes synchronised first
+        self._renew_at = _OVERDUE
         # So nothing more is sent.
-        self._renewing = True
         self._known = False
         self._get_at = None
         if self._get is None and self._flight is None:
