@@ -3,12 +3,14 @@
 import ast
 import importlib
 import importlib.util
+import json
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.vm import ROOT, build, micropython, run
+from twin_device.core.credentials import Credentials
 
 VECTORS = Path(__file__).parent / "vectors"
 MODULES = ("credentials", "errors", "patch", "topics")
@@ -115,6 +117,27 @@ def test_a_store_is_written_and_read(builder, tmp_path):
     )
     done = run(tmp_path / "program.py", tmp_path, PLACE=str(tmp_path / "twin.json"))
     assert done.stdout == "{} [('a', 1), ('b', {'c': 2})]\n", done.stderr
+
+
+USER_NAMES = """
+from twin_device import TwinClient
+
+for options in ROWS:
+    text = "HostName=h;DeviceId=d;SharedAccessKey=a2V5"
+    print(TwinClient.from_connection_string(text, tls=False, **options).USER_NAME)
+"""
+
+
+def test_the_user_name_is_that_of_the_core(builder, tmp_path):
+    rows = [{}, {"product_info": "a b"}, {"model_id": "dtmi:a;1"}, {"product_info": "x/2", "model_id": "m"}]
+    package = builder.build(tmp_path)
+    program = USER_NAMES.replace("ROWS", repr(rows)).replace("USER_NAME", package.attributes["_user_name"])
+    (tmp_path / "program.py").write_text(program)
+    version = json.loads((ROOT / "package.json").read_text())["version"]
+    product = {"product_info": "twin-device-micropython/" + version}
+    expected = [Credentials("h", "d").user_name(**{**product, **row}) for row in rows]
+    done = run(tmp_path / "program.py", tmp_path)
+    assert done.stdout.splitlines() == expected, done.stderr
 
 
 def face(path, rare=None):

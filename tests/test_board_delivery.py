@@ -97,6 +97,7 @@ def test_the_version_is_the_same_everywhere() -> None:
     version = json.loads((ROOT / "package.json").read_text())["version"]
     assert f'version = "{version}"' in (ROOT / "pyproject.toml").read_text()
     assert f'_VERSION = "{version}"' in (BOARD / "client.py").read_text()
+    assert f'_PRODUCT = "twin-device-micropython/{version}"' in (BOARD / "client.py").read_text()
 
 
 def test_the_manifest_freezes_every_module_once() -> None:

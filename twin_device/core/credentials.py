@@ -216,7 +216,7 @@ def user_name(whose: str, product_info: str, model_id: "str | None") -> str:
 def sas_token(resource: str, key: bytes, expiry: int, policy: "str | None" = None) -> str:
     """A shared access signature for resource ("{host}/devices/{id}"), good until expiry (Unix seconds)."""
     encoded = percent_encode(resource)
-    signature = hmac_sha256(key, (encoded + "\n" + str(expiry)).encode())
+    signature = hmac_sha256(key, (encoded + "\n%d" % expiry).encode())
     signed = percent_encode(binascii.b2a_base64(signature).decode().strip())
     text = "SharedAccessSignature sr=%s&sig=%s&se=%d" % (encoded, signed, expiry)
     if policy:
@@ -230,7 +230,8 @@ def hmac_sha256(key: bytes, data: bytes) -> bytes:
         key = hashlib.sha256(key).digest()
     key += bytes(64 - len(key))
     for pad in b"\x36\x5c":
-        data = hashlib.sha256(bytes([byte ^ pad for byte in key]) + data).digest()
+        padded = [byte ^ pad for byte in key]
+        data = hashlib.sha256(bytes(padded) + data).digest()
     return data
 
 
@@ -240,7 +241,7 @@ def percent_encode(text: str) -> str:
     for byte in text.encode():
         # Of bytes, only ASCII's letters are letters.
         sign = bytes((byte,))
-        encoded += chr(byte) if sign.isalpha() or sign.isdigit() or sign in b"-._~" else "%%%02X" % byte
+        encoded += sign.decode() if sign.isalpha() or sign.isdigit() or sign in b"-._~" else "%%%02X" % byte
     return encoded
 
 
