@@ -101,7 +101,7 @@ RARE: dict[str, tuple[str, ...]] = {
         "Twin.flush",
         "Twin.ask",
     ),
-    "values": ("_text", "_type_name", "_unfit", "_check_surrogates"),
+    "values": ("_text", "_type_name", "_unfit", "_check_bytes"),
     "words": (
         "_Link._failure",
         "_Link._silent",

@@ -268,7 +268,7 @@ def check_section(section: object, patch: "dict[str, object]") -> None:
 def _check(value: object, kind: type, where: "tuple[object, ...]", depth: int, in_array: bool) -> int:
     """kind: its type. where: (), or what it is in, as a place of this kind, and its key or index there."""
     if kind is str:
-        return _check_text("a string", value, MAX_STRING, where)  # type: ignore[arg-type]  # kind says so
+        return _check_text(value, MAX_STRING, where)  # type: ignore[arg-type]  # kind says so
     if kind is bool:
         return 4
     # value - value: not 0 for NaN and both infinities.
@@ -276,7 +276,7 @@ def _check(value: object, kind: type, where: "tuple[object, ...]", depth: int, i
         return 8
     if value is None and not in_array:
         return 0
-    if (kind is not dict and kind is not list) or depth > MAX_DEPTH:
+    if kind not in (dict, list) or depth > MAX_DEPTH:
         raise _unfit(value, where, depth)
     total = 0
     for key in value if kind is dict else range(len(value)):  # type: ignore[arg-type, attr-defined]  # as above
@@ -307,7 +307,7 @@ def _unfit(value: object, where: "tuple[object, ...]", depth: int) -> PatchError
 def _check_key(key: object, where: "tuple[object, ...]") -> int:
     if type(key) is not str:
         raise PatchError(_text(where), "a key is a str", _type_name(key))
-    count = _check_text("a key", key, MAX_KEY, where)
+    count = _check_text(key, MAX_KEY, where)
     if not key.isalpha():
         for character in key:
             if character <= " " or character in ".$#" or "\x7f" <= character <= "\x9f":
@@ -315,22 +315,24 @@ def _check_key(key: object, where: "tuple[object, ...]") -> int:
     return count
 
 
-def _check_text(what: str, text: str, most: int, where: "tuple[object, ...]") -> int:
+def _check_text(text: str, most: int, where: "tuple[object, ...]") -> int:
     data = _utf8(text)
-    if b"\xed" in data:
-        _check_surrogates(what, data, where)
     count = len(data)
-    if count > most:
-        raise PatchError(_text(where), what + " is at most " + str(most) + " bytes of UTF-8", count)
+    if count > most or b"\xed" in data:
+        _check_bytes(data, most, where)
     return count
 
 
-def _check_surrogates(what: str, data: bytes, where: "tuple[object, ...]") -> None:
+def _check_bytes(data: bytes, most: int, where: "tuple[object, ...]") -> None:
+    # Not every character that is written with the surrogates' first byte is one.
+    what = "a key" if most == MAX_KEY else "a string"
     at = data.find(b"\xed")
     while at >= 0:
         if data[at + 1] >= 0xA0:
             raise PatchError(_text(where), what + " must be valid Unicode (no lone surrogate)")
         at = data.find(b"\xed", at + 1)
+    if len(data) > most:
+        raise PatchError(_text(where), what + " is at most " + str(most) + " bytes of UTF-8", len(data))
 
 
 def _text_size(text: str) -> int:

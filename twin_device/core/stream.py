@@ -51,11 +51,9 @@ def reader(
     after an error; what on_property was given until then belongs to no document. Of what is JSON, but no
     object, there is no document.
     """
-    at = stop = end = 0  # places in data: what is read next, the end of a token, and the end of all
+    at = end = depth = size = closer = 0
     state = _VALUE
-    byte = depth = size = closer = 0
-    value: object = None
-    text = b""
+    value: object
     # The array or object that is being read, the key of its next value, and the path of what goes to
     # on_property. On the stack are those around it, outermost first, and for each what stood in its place of
     # the old document, and its closing bracket.
@@ -185,7 +183,7 @@ def reader(
                     if level > 0 and len(text) <= _SHORT:
                         # The same few keys and words come again and again.
                         if len(shared) == _MAX_SHARED:
-                            shared.clear()
+                            shared = {}
                         value = shared.setdefault(value, value)
                     if byte == 58:
                         key = value  # type: ignore[assignment]  # a string was read
