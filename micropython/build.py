@@ -44,7 +44,7 @@ MERGED = {
     "mqtt": HERE / "twin_device" / "mqtt.py",
     "client": HERE / "twin_device" / "client.py",
 }
-# Loaded by the apps that need them; what is of RARE, too, is forgotten: every app begins connections with it.
+# Loaded by the apps that need them.
 APART = {
     "settings": CORE / "settings.py",
     "store": HERE / "twin_device" / "store.py",
@@ -472,11 +472,9 @@ class Package:
         self.places = {name: places.index(place) for place, names in RARE.items() for name in names}
         self.rare: dict[str, list[ast.stmt]] = {place: [] for place in RARE}
         self.methods: set[str] = set()
-        self._bundles: dict[str, dict[str, str]] = collections.defaultdict(dict)
         # Functions that make errors: their numbers by their texts.
         self.makers: dict[str, dict[str, int]] = {place: {} for place in RARE}
         self._mark_rare()
-        self._mark_apart()
         self._name_globals()
         self.attributes = self._name_attributes()
         self.keywords: set[str | None] = set(keep)
@@ -537,13 +535,6 @@ class Package:
         """What the name of a rare function ends with."""
         return str(node.place) if hasattr(node, "place") else ""
 
-    def _mark_apart(self) -> None:
-        """All of a module that is forgotten is rare."""
-        for index, place in enumerate(RARE):
-            for node in self.trees[place].body if place in APART else ():
-                if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
-                    node.place = index  # type: ignore[attr-defined]  # as above
-
     def _name_globals(self) -> None:
         used = collections.Counter(
             node.id for each in self.trees.values() for node in ast.walk(each) if isinstance(node, ast.Name)
@@ -585,8 +576,7 @@ class Package:
                         continue
                 body.append(node)
                 for name in _defined(node):
-                    whole = module in APART and module not in RARE
-                    kept = whole or name in self.exports or name.endswith(("Error", "Rejected"))
+                    kept = module in APART or name in self.exports or name.endswith(("Error", "Rejected"))
                     mine[name] = name
                     if not kept:
                         defined.append((mine, name, self.digit(node)))
@@ -614,7 +604,7 @@ class Package:
         # By the name that it has in the package: where to find what is rare.
         self.located = {
             self.globals[module][_name(node)]: node.place
-            for module in (*MERGED, *APART)
+            for module in MERGED
             for node in self.trees[module].body
             if hasattr(node, "place")
         }
@@ -743,27 +733,11 @@ class Package:
         imports = [text for name, text in self.imports.items() if name in used]
         return "\n".join([*imports, ast.unparse(module), ""])
 
-    def bundle(self, source: str, given: list[str]) -> str:
-        """A name for several things of a rare module."""
-        bundles = self._bundles[source]
-        key = ", ".join(given)
-        if key not in bundles:
-            bundles[key] = self._rare_name(list(self.rare).index(source))
-            self.located[bundles[key]] = list(self.rare).index(source)
-        return bundles[key]
-
-    def _rare_name(self, place: int) -> str:
-        taken = {*self.located, *self.attributes.values()}
-        return next(name for each in self._short[str(place)] if (name := each + str(place)) not in taken)
-
     def apart(self, name: str) -> str:
         """One of the modules that few need."""
         module = self.module(name)
         nodes = [*self._body, *itertools.chain(*self.rare.values()), *self._makers()]
         wanted = {alias.name for one in nodes for alias in _imported(one, name)} | self.exports
-        wanted |= _loaded(nodes, self.myself) & set(self.located)
-        for names, bundle in self._bundles[name].items():
-            module.body += ast.parse(f"{bundle} = ({names},)").body
         while True:
             loaded = _loaded(module.body, self.myself)
             left = []
@@ -777,8 +751,6 @@ class Package:
             if len(left) == len(module.body):
                 break
             module.body = left
-        if self.myself in loaded:
-            module.body.insert(0, ast.ImportFrom(None, [ast.alias(self.myself)], 1))
         return ast.unparse(ast.fix_missing_locations(module)) + "\n"
 
     def _makers(self) -> list[ast.stmt]:
@@ -788,8 +760,6 @@ class Package:
         """The modules of RARE. To be called last."""
         modules = {}
         for index, (place, body) in enumerate(self.rare.items()):
-            if place in APART:
-                continue
             if self.makers[place]:
                 # By their numbers, for a name costs more.
                 body += ast.parse(
@@ -841,10 +811,6 @@ def _imported(node: ast.AST, module: str) -> list[ast.alias]:
     """What is taken from one of the modules beside this one."""
     found = [each for each in ast.walk(node) if isinstance(each, ast.ImportFrom)]
     return [alias for each in found if each.level and each.module == module for alias in each.names]
-
-
-def _defined_in(module: ast.Module) -> set[str]:
-    return {name for node in module.body for name in _defined(node)}
 
 
 def _name(node: ast.AST) -> str:
@@ -910,8 +876,6 @@ class _Renamer(ast.NodeTransformer):
         if self._place is not None or not self._scopes or self._module not in WORDS or words & set(ORDINARY):
             return node
         mine = {name for scope in self._scopes for name in scope.values()}
-        if self._module in APART:
-            mine.update(_defined_in(self._package.trees[self._module]))
         names = sorted(_free(node, set()) & mine)
         place = WORDS[self._module]
         index = list(self._package.rare).index(place)
@@ -929,11 +893,6 @@ class _Renamer(ast.NodeTransformer):
         if not node.level:
             return node
         source = self._package._source(node)
-        if source in RARE:
-            # Only its function has them, until it ends; all by one name, for each is read by itself.
-            given = [self._package.globals[source][name.name] for name in node.names]
-            wanted = ast.Tuple([ast.Name(name.name, ast.Store()) for name in node.names], ast.Store())
-            return ast.Assign([wanted], self._elsewhere(self._package.bundle(source, given)), lineno=1)
         if source in APART:
             return ast.ImportFrom(source, node.names, 1)
         constants = self._package.constants[source]
@@ -970,11 +929,11 @@ class _Renamer(ast.NodeTransformer):
 
     def _of(self, node: ast.AST) -> int | None:
         """Where what is in a node belongs."""
-        return getattr(node, "place", self._place) if self._module in MERGED else None
+        return getattr(node, "place", self._place)
 
     def _put(self, node: ast.stmt) -> ast.stmt | None:
         """Where it belongs: here, or into a module of its own."""
-        if not hasattr(node, "place") or self._module in APART:
+        if not hasattr(node, "place"):
             return node
         place = self._package.rare[list(self._package.rare)[node.place]]
         place.append(node)
