@@ -594,7 +594,7 @@ class Package:
             for name in bound(node)
         }
         common = (name for name in self._common() if name not in spelled | set(dir(builtins)))
-        self._short[""] = itertools.chain(UPPER, common, itertools.islice(short_names(UPPER), 26, None))
+        self._short[""] = itertools.chain(common, short_names(UPPER))
         # The most used first, as with attributes: the same few names for both.
         for mine, name, digit in sorted(defined, key=lambda one: -used[one[1]]):
             mine[name] = next(self._short[digit]) + digit

@@ -1,21 +1,25 @@
-"""Makes a .mpy smaller: the same instructions, with numbers of names and of locals that take fewer bytes.
+"""Makes a .mpy smaller, which does the same: MicroPython's compiler is quick, and leaves something to do.
 
 A module has a table of its names, and a function one of its locals. The first 128 names take one byte where
 they are used, and the first 16 locals none; mpy-cross numbers them as they come. Here those that are used
-most come first, and jumps, whose length depends on how far they go, are made anew.
+most come first, ways that end alike are joined, what is never run is left out, and jumps, whose length
+depends on how far they go, are made anew.
 
 The format is of .mpy version 6 (MicroPython 1.19 and later), bytecode only: py/persistentcode.c and py/bc0.h.
 """
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 
 _BYTECODE = 0
+_SETUPS = (0x47, 0x48, 0x49)  # with, except, finally
+_LEAVES = (0x42, 0x63, 0x64, 0x65, 0x66)  # the next instruction is not run: jump, return, raise
 _MAKE_CLOSURE = (0x20, 0x21)
 _LOAD_FAST_N, _STORE_FAST_N, _DELETE_FAST = 0x24, 0x26, 0x28
 _DEREF = (0x25, 0x27, 0x29)
-_UNWIND_JUMP = 0x40
+_UNWIND_JUMP, _GO = 0x40, 0x42
 _LAST_SIGNED = 0x44  # of the jumps: those that may go back
 _LOAD_FAST, _STORE_FAST = 0xB0, 0xC0
 _SHORT = 16  # locals that an instruction has within it
@@ -32,6 +36,10 @@ class Instruction:
     target: "Instruction | None" = None
     far: bool = False  # a jump that takes two bytes
     extra: bytes = b""  # one more byte at the end
+
+    def what(self) -> tuple[object, ...]:
+        """Two with the same do the same."""
+        return self.code, self.name, self.number, self.target, self.extra
 
 
 @dataclasses.dataclass
@@ -98,6 +106,8 @@ def smaller(data: bytes) -> bytes:
         raise ValueError("more than one module")
     functions = list(_all(module))
     for function in functions:
+        while _shorten(function.instructions) or _join_ends(function.instructions):
+            pass
         _renumber_locals(function)
     used: collections.Counter[int] = collections.Counter()
     for function in functions:
@@ -224,6 +234,77 @@ def _all(function: Function) -> Iterator[Function]:
         yield from _all(child)
 
 
+def _shorten(instructions: list[Instruction]) -> bool:
+    """Leave out what is never run, and jumps that lead to the next one or to another jump."""
+    for each in instructions:
+        if _UNWIND_JUMP < each.code <= _LAST_SIGNED:
+            # It may lead around in a circle.
+            for _ in instructions:
+                if each.target is not None and each.target.code == _GO:
+                    each.target = each.target.target
+    reached = {each.target for each in instructions}
+    for at in range(1, len(instructions)):
+        each, before = instructions[at], instructions[at - 1]
+        if before.code in _LEAVES and each not in reached:
+            del instructions[at]
+            return True
+        if before.code == _GO and before.target is each:
+            _replace(instructions, before, each)
+            del instructions[at - 1]
+            return True
+    return False
+
+
+def _join_ends(instructions: list[Instruction]) -> bool:
+    """Where two ways end alike, in a jump to one place, a return or a raise, have one go into the other."""
+    # What catches an exception depends on whether its handler stands before or after.
+    handlers = {each.target for each in instructions if each.code in _SETUPS}
+    parts = list(itertools.accumulate(each in handlers for each in instructions))
+    for at, each in enumerate(instructions):
+        if each.code not in _LEAVES:
+            continue
+        # Later ones only: most jumps go forward only.
+        ends = [
+            other
+            for other, it in enumerate(instructions)
+            if other > at and parts[other] == parts[at] and (it is each.target or it.what() == each.what())
+        ]
+        alike = {other: _alike(instructions, at, other) for other in ends}
+        other = max(ends, key=alike.__getitem__, default=at)
+        length = alike.get(other, 0)
+        if sum(_size(one) for one in instructions[at - length : at]) > (each.code != _GO):
+            for offset in range(length + 1):
+                _replace(instructions, instructions[at - offset], instructions[other - offset])
+            jump = Instruction(_GO, _JUMP, target=instructions[other - length])
+            instructions[at - length : at + 1] = [jump]
+            return True
+    return False
+
+
+def _alike(instructions: list[Instruction], at: int, other: int) -> int:
+    """How many instructions before two places are the same, and run into them."""
+    length = 0
+    while at > length and length + 1 < other - at:
+        one, two = instructions[at - length - 1], instructions[other - length - 1]
+        if one.what() != two.what():
+            break
+        length += 1
+    return length
+
+
+def _size(instruction: Instruction) -> int:
+    """Bytes, at least."""
+    more = 1 if instruction.kind in (_NAME, _JUMP) else len(instruction.number)
+    return 1 + more + len(instruction.extra)
+
+
+def _replace(instructions: list[Instruction], old: Instruction, new: Instruction) -> None:
+    """Have jumps to one instruction lead to another."""
+    for each in instructions:
+        if each.target is old:
+            each.target = new
+
+
 def _local(instruction: Instruction) -> tuple[int, int] | None:
     """Loading (0), storing (1) or deleting (2), and which local."""
     code = instruction.code
@@ -282,6 +363,8 @@ def _assembled(instructions: list[Instruction], place: Callable[[int], int]) -> 
             if each.kind == _JUMP:
                 distance = starts[each.target] - (starts[each] + 2 + each.far)
                 back = each.code <= _LAST_SIGNED
+                if distance < 0 and not back:
+                    raise ValueError("this jump cannot go back")
                 if not each.far and not (-0x40 <= distance < 0x40 if back else 0 <= distance < 0x80):
                     each.far = grown = True
                 if each.far:

@@ -224,6 +224,85 @@ def leaving(how):
             told.append("else")
     return told
 
+def ending(how, told):
+    for number in (1, 2, 3):
+        if how == number:
+            told.append(number)
+            told.append(how)
+            continue
+        if how == number + 10:
+            told.append(number)
+            told.append(how)
+            break
+        if how == number + 20:
+            told.append(number)
+            told.append(how)
+            return len(told)
+        try:
+            if how == number + 30:
+                told.append(number)
+                raise KeyError(how)
+            if how == number + 40:
+                told.append(number)
+                continue
+        except KeyError:
+            if how > 32:
+                told.append(number)
+                raise KeyError(how)
+            told.append(number)
+            continue
+        finally:
+            if how > 42:
+                told.append(number)
+        told.append(number)
+        told.append(how)
+    else:
+        told.append("else")
+        return len(told)
+    while how:
+        while how > 5:
+            if how > 8:
+                break
+            how -= 1
+        else:
+            how -= 1
+            continue
+        break
+    return len(told)
+
+def chosen(how):
+    if how == 1:
+        told = n1 if n5 > how else n2
+        return told + 1 if n3 else n4
+    if how == 2:
+        told = n1 if n6 > how else n2
+        return told + 1 if n3 else n4
+    for number in (1, 2):
+        if how == number + 2:
+            told = n1 if n7 > how else n2
+            continue
+        if how == number + 3:
+            told = n1 if n8 < how else n2
+            continue
+        told = 9
+    if how == 5:
+        for _ in ():
+            told = 4
+    else:
+        pass
+    if how == 6:
+        return told > 7 or n4
+    if told > 3:
+        return how or n4
+    return told > 2 or n4
+
+def caught(how):
+    told = []
+    try:
+        return ending(how, told), told
+    except KeyError as error:
+        return error.args, told
+
 class Context:
     def __init__(self, told):
         self.told = told
@@ -249,6 +328,7 @@ print(many(1, 2, 3, key=4, z=5, y=6), distant(0), distant(1))
 print([closing(1, 2)[0](number) for number in (3, 4)], closing(1, 2)[1:])
 for how in (0, 2, 10, 12, 20, 21, 30, 99):
     print(how, leaving(how))
+print([caught(how) for how in range(50)], [chosen(how) for how in range(9)])
 print(list(delegating()), [x * y for x in range(3) for y in range(x)], dict(a=1))
 print((lambda *a, **b: (a, b))(1, c=2), 0 < len("a" * 20) < 30 or None, n0, n149)
 """
@@ -292,7 +372,7 @@ def test_a_smaller_module_does_the_same(builder, mpy, tmp_path):
         printed.append(done.stdout)
         assert done.returncode == 0, done.stderr
     assert printed[0] == printed[1]
-    assert printed[0].count("\n") == 12
+    assert printed[0].count("\n") == 13
     assert len(made[1]) < len(made[0])
     assert mpy.smaller(made[1]) == made[1]
 
