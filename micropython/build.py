@@ -593,7 +593,9 @@ class Package:
             if isinstance(node, (*FUNCTIONS, ast.Lambda))
             for name in bound(node)
         }
-        common = (name for name in self._common() if name not in spelled | set(dir(builtins)))
+        # A module that is loaded is a name of the package, too.
+        others = {*spelled, *dir(builtins), *RARE, *APART}
+        common = (name for name in self._common() if name not in others)
         self._short[""] = itertools.chain(common, short_names(UPPER))
         # The most used first, as with attributes: the same few names for both.
         for mine, name, digit in sorted(defined, key=lambda one: -used[one[1]]):
