@@ -593,8 +593,10 @@ class Package:
             if isinstance(node, (*FUNCTIONS, ast.Lambda))
             for name in bound(node)
         }
-        # A module that is loaded is a name of the package, too.
+        # A module that is loaded is a name of the package, too, and a public method one of a rare module.
         others = {*spelled, *dir(builtins), *RARE, *APART}
+        nodes = [node for tree in self.trees.values() for node in ast.walk(tree)]
+        others.update(node.name for node in nodes if isinstance(node, FUNCTIONS))
         common = (name for name in self._common() if name not in others)
         self._short[""] = itertools.chain(common, short_names(UPPER))
         # The most used first, as with attributes: the same few names for both.
@@ -779,6 +781,8 @@ class Package:
                     raise ValueError(f"{name} is not looked for in {place}")
             if len(mine) != len(names):
                 raise ValueError(f"two of one name in {place}: {sorted(names)}")
+            if mine & set().union(*map(_defined, self._body)):
+                raise ValueError(f"{place} and what every app loads have one name for two things")
             known = set(vars(builtins)) | set().union(*map(_defined, body))
             free = {name for one in body for name in _free(one, set())} - known
             imports = [ast.parse(self.imports[name]).body[0] for name in sorted(free & set(self.imports))]

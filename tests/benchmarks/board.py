@@ -27,7 +27,6 @@ APP = Path(__file__).parent / "board_app.py"
 PATCHES = 20
 RECONNECTS = 3
 MOST_MPY = 14 * 1024
-MPY_TODAY = 14000
 PATIENCE = 3  # seconds without any progress: it hangs for want of memory
 
 
