@@ -82,6 +82,7 @@ def reader(
         at = 0
         while at < end:
             if state == _SKIP:
+                # String by string, until the object ends or a string may be a wanted key: see below.
                 quote = find(b'"', at)
                 # Between most strings there is but a colon or a comma; brackets are greater.
                 if quote > at + 1 or data[at] > 58:
@@ -173,6 +174,7 @@ def reader(
                 if text.startswith(b'"'):
                     at += 1
                     if not state & (_VALUE | _COLON):
+                        # A key; or where it is skipped, what is one if a colon follows.
                         if not depth:
                             state = _COLON | state & _SKIP
                         continue
@@ -189,6 +191,7 @@ def reader(
                         key = value  # type: ignore[assignment]  # a string was read
                         state = _VALUE
                         if level <= 0:
+                            # A section of a twin, or a property: it is built, handed over or skipped.
                             path = None
                             names = keep
                             if level:
