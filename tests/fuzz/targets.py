@@ -126,6 +126,10 @@ def messages(data: bytes) -> None:
         now += 250
         request_id = str(machine._request)
         if kind == b"c":
+            if machine._connect_at is not None:
+                # It connects when it has said so.
+                now = max(now, machine._connect_at)
+                perform(machine.tick(now, 0.5))
             perform(machine.connected(now, 0.5, 60_000))
             perform(machine.subscribed(tuple(payload[:2] or b"\0\0"), now, 0.5))
         elif kind == b"x":
