@@ -369,12 +369,13 @@ def test_properties_are_handed_on_and_not_kept(make: Make, device: Device) -> No
     assert client.desired == {}
 
 
-def test_a_twin_that_does_not_fit_is_named(hub: LocalHub, tmp_path: Path) -> None:
+@pytest.mark.parametrize("heap", [100, 140, 180])
+def test_a_twin_that_does_not_fit_is_named(hub: LocalHub, tmp_path: Path, heap: int) -> None:
     # No two keys alike: the dearest that a twin can be.
     desired = {f"g{group}": {f"k{group}x{each}": True for each in range(20)} for group in range(100)}
     device = hub.create_device("large", desired=desired)
     build(tmp_path)
-    little = ("-X", "heapsize=180K")
+    little = ("-X", f"heapsize={heap}K")
     client = BoardClient(device.plaintext_connection_string, tmp_path, tls=False, interpreter=little)
     try:
         with pytest.raises(ConnectRefused, match=r"not synchronised.*: not enough memory"):

@@ -498,10 +498,14 @@ class TwinClient:
         while True:
             wait = 1000
             try:
-                wait = self._look()
-            except Exception as error:
-                # Of is_online, or a bug: neither may leave the client without a clock.
-                self._tell(Failed(error))
+                try:
+                    wait = self._look()
+                except Exception as error:
+                    # Of is_online, or a bug: neither may leave the client without a clock.
+                    self._tell(Failed(error))
+            except MemoryError:
+                # What was due is due in a second, too.
+                self._tell_difference()
             await asyncio.sleep_ms(wait)
 
     def _look(self) -> int:
@@ -548,6 +552,16 @@ class TwinClient:
         events.append(event)
         self._event.set()
 
+    def _tell_difference(self) -> None:
+        """What was to be told may be lost; the difference to what the app was given is not."""
+        try:
+            self._tell(_WHATEVER)
+        except MemoryError:
+            # This takes none.
+            self._events.clear()
+            self._events.append(_WHATEVER)
+            self._event.set()
+
     async def _dispatch(self) -> None:
         while True:
             while self._events:
@@ -555,7 +569,7 @@ class TwinClient:
                     await self._call(self._events.pop(0))
                 except MemoryError:
                     # With the next event the app is given what it lacks.
-                    self._tell(_WHATEVER)
+                    self._tell_difference()
                     break
             if self._watcher is None:
                 self._dispatcher = None
@@ -628,8 +642,9 @@ class _Link:
             except Exception as error:
                 failed = error if isinstance(error, TwinError) else self._failure(error)
         except MemoryError:
-            # What was to be told may be lost; the difference to what the app was given is not.
-            client._tell(_WHATEVER)
+            # First: what follows needs some of the room that half a twin takes.
+            self._reader = self._document = None
+            client._tell_difference()
             failed = ConnectRefused("not enough memory to connect and to keep the twin")
         finally:
             self._ended = True
