@@ -66,17 +66,17 @@ def make(host):
     client = TwinClient.from_connection_string(text, tls=False)
     print(sorted(name for name in sys.modules if name.startswith("twin_device")))
 
-make("h:1")
+make("[::1]")
 place = os.getenv("PLACE") + "/twin_device/identity.py"
 with open(place, "w") as file:
     file.write("raise MemoryError")
 try:
-    make("h:1")
+    make("[::1]")
 except MemoryError:
     print("no memory")
-make("h")
+make("h:2")
 os.remove(place)
-make("h:1")
+make("[::1]")
 """
 
 

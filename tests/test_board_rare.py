@@ -150,7 +150,7 @@ def attempt(call):
     except Exception as error:
         print(type(error).__name__, error)
 
-text = "HostName=h:1;DeviceId=d;SharedAccessKey=a2V5"
+text = "HostName=h;DeviceId=d+;SharedAccessKey=a2V5"
 attempt(lambda: TwinClient.from_connection_string(text, tls=False).state)
 attempt(lambda: TwinClient.from_connection_string(text, tls=False).state)
 attempt(lambda: TwinClient.from_connection_string(text, tls=False).state)
@@ -176,7 +176,7 @@ def test_an_app_finds_it_the_next_time(trapped: Path, tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
     done = run(tmp_path / "program.py", trapped)
     assert done.stdout.splitlines() == [
-        "MemoryError ",  # what reads a host name with a port
+        "MemoryError ",  # what reads an id with a plus
         "MemoryError ",  # what tells the state
         "offline",
         "MemoryError ",  # the errors

@@ -317,12 +317,14 @@ def test_every_base64_key_decodes(key):
 
 @pytest.mark.parametrize("key", [KEY, KEY + b"!", KEY + b"!!", b"k"], ids=len)
 @pytest.mark.parametrize("device_id", ["dev-1", "A_z.0~9", "x" * 128])
-def test_the_ordinary_needs_no_thorough_reading(monkeypatch, key, device_id):
+@pytest.mark.parametrize("port", [None, 1, 65535])
+def test_the_ordinary_needs_no_thorough_reading(monkeypatch, key, device_id, port):
     for name in ("_connection_string_fields", "_identify", "decode_key"):
         monkeypatch.delattr(module, name)
-    text = f"HostName={HOST};DeviceId={device_id};SharedAccessKey={base64.b64encode(key).decode()}"
+    name = HOST if port is None else f"{HOST}:{port}"
+    text = f"HostName={name};DeviceId={device_id};SharedAccessKey={base64.b64encode(key).decode()}"
     credentials = from_connection_string(text)
-    assert (credentials.host, credentials.dialled, credentials.port) == (HOST, HOST, None)
+    assert (credentials.host, credentials.dialled, credentials.port) == (HOST, HOST, port)
     assert (credentials.client_id, credentials.key) == (device_id, key)
 
 
@@ -375,9 +377,24 @@ def test_a_connection_string_is_the_same_at_a_glance_and_read_thoroughly(part, o
 
 
 ODD = ["a/b", "a b", "a%2Fb", "a%b", "é", "\udc80", "", "x" * 129]
+PORTS = [
+    "h:1",
+    "h:65535",
+    "h:0",
+    "h:65536",
+    "h:01",
+    "h:-1",
+    "h:+1",
+    "h:1 ",
+    "h:x",
+    "h:",
+    "h:1:2",
+    ":1",
+    "h:１",
+]
 IDENTITIES = [
     {},
-    *({"host": host} for host in (*ODD, "h:1", "[::1]", "https://h", "h:")),
+    *({"host": host} for host in (*ODD, *PORTS, "[::1]", "https://h")),
     *({"device_id": device_id} for device_id in (*ODD, *BAD_IDS, "a:b+c")),
     *({"module_id": module_id} for module_id in ("m", "", "a/b")),
     *({"key": key} for key in (*BAD_KEYS, "QR==", "\udc80", KEY, b"", None)),

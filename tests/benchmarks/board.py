@@ -110,12 +110,9 @@ class Bench:
         if opened is not None:
             environment.update(MICROPYPATH=".frozen", WATCH=str(self._folder / "mpy"))
         if case.tls:
-            text, port = device.connection_string, self._hub.mqtts_port
-            environment["CA"] = self._ca
+            environment.update(DEVICE=device.connection_string, CA=self._ca)
         else:
-            text, port = device.plaintext_connection_string, self._hub.mqtt_port
-        # An IoT hub's connection string has no port.
-        environment.update(DEVICE=text.replace(f":{port};", ";"), PORT=str(port))
+            environment.update(DEVICE=device.plaintext_connection_string)
         if case.keep is not None:
             environment["KEEP"] = case.keep
         if case.hand_on:

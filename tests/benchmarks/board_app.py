@@ -57,7 +57,6 @@ def hand(path, value):
 
 if os.getenv("HAND_ON"):
     options["on_property"] = hand
-options["port"] = int(os.getenv("PORT"))
 client = TwinClient.from_connection_string(os.getenv("DEVICE"), timeout=20, **options)
 options = None
 

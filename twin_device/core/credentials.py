@@ -146,17 +146,20 @@ def identify(
     whose: "host/device_id" or "host/device_id/module_id". resource: what sas_token() takes. key: bytes or
     None. dialled: as of Credentials. port: that of the name that is dialled, None where it has none.
     """
-    # An id has 128 characters at the most.
-    whose = "%s/%.128s" % (host, device_id)
     try:
+        name, colon, digits = host.partition(":")
+        port = int(digits) if colon else None
+        # An id has 128 characters at the most.
+        whose = "%s/%.128s" % (name, device_id)
         encoded = key.encode()  # type: ignore[union-attr]  # what is not a str is read thoroughly, too
         decoded = binascii.a2b_base64(encoded)
         if (
-            percent_encode(whose).split("%2F") == [host, device_id]
+            percent_encode(whose).split("%2F") == [name, device_id]
             and binascii.b2a_base64(decoded).strip() == encoded
-            and (host and device_id and key and module_id is None and gateway is None)
+            and (name and device_id and key and module_id is None and gateway is None)
+            and (port is None or (digits == str(port) and 0 < port < 65536))
         ):
-            return whose, whose.replace("/", "/devices/"), decoded, host, None
+            return whose, whose.replace("/", "/devices/"), decoded, name, port
     except Exception:  # noqa: BLE001, S110  # which it is depends on the binascii; the thorough reading tells
         pass
     return _identify(host, device_id, module_id, key, gateway)
@@ -165,7 +168,7 @@ def identify(
 def _identify(
     host: str, device_id: str, module_id: "str | None", key: "str | bytes | None", gateway: "str | None"
 ) -> "tuple[str, str, bytes | None, str, int | None]":
-    """Any other: a port, an IPv6 address, signs to encode, a module, a gateway, no key, and what is wrong."""
+    """Any other: an IPv6 address, signs to encode, a module, a gateway, no key, and what is wrong."""
     if isinstance(key, str):
         key = decode_key(key)
     _check_id("DeviceId", device_id)
