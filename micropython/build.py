@@ -105,6 +105,7 @@ RARE: dict[str, tuple[str, ...]] = {
     "words": (
         "_Link._failure",
         "_Link._silent",
+        "_Link._stalled",
         "_Link._broken",
         "_Link._break",
         "_reason",

@@ -149,14 +149,14 @@ class TwinClient:
             ca_file = ()
         elif not ca_file:
             raise LocalError("ca_file is missing: a board has no trust store of its own")
-        if not 1 <= keep_alive <= _MAX_KEEP_ALIVE or timeout <= 0 or token_lifetime <= 0:
+        if keep_alive < 1 or keep_alive > _MAX_KEEP_ALIVE or timeout <= 0 or token_lifetime <= 0:
             raise _unfit_times(keep_alive)
         self._whose, self._resource, self._key, self._dialled, its_port = identify(
             host, device_id, module_id, key, gateway
         )
         self._policy = policy
         if port == 8883:
-            port = its_port or (8883 if tls else 1883)
+            port = its_port or (port if tls else 1883)
         self._port = port
         self._ca_files = (ca_file,) if isinstance(ca_file, str) else ca_file
         self._context = None
@@ -283,7 +283,6 @@ class TwinClient:
         if self._ca_files and self._context is None:
             self._context = _tls_context(self._ca_files)
         if self._watcher is None:
-            self._refused = None
             self._watcher = asyncio.create_task(self._watch())
             if self._dispatcher is None:
                 self._dispatcher = asyncio.create_task(self._dispatch())
@@ -316,10 +315,11 @@ class TwinClient:
 
     async def disconnect(self) -> None:
         """End the connection and the client's tasks. What is gathered stays, for the next connect()."""
-        watcher, self._watcher = self._watcher, None
-        if watcher is None:
+        if self._watcher is None:
             return
         self._perform(self._twin.stop())
+        self._refused = None
+        watcher, self._watcher = self._watcher, None
         watcher.cancel()
         self._event.set()
         # A handler may disconnect: the task that has called it goes on when it has returned.
@@ -579,10 +579,10 @@ class TwinClient:
 
     async def _call(self, event: object) -> None:
         kind = type(event)
-        if kind not in self._handlers:
+        handlers = self._handlers.get(kind)
+        if handlers is None:
             await self._apply(*event)
             return
-        handlers = self._handlers[kind]
         if event is _WHATEVER:
             desired = self._twin.desired
             event = DesiredChanged(diff(self._given, desired), desired)
@@ -619,18 +619,16 @@ class TwinClient:
 
 
 class _Link:
-    """One connection: from the name's look-up to its end."""
+    """One connection: from the name's look-up to its end, which is when the client has it no longer."""
 
     def __init__(self, client: TwinClient) -> None:
         self._client = client
         self._stream = None
-        self._ended = False
         self._backlog = b""
         self._heard = self._sent = client._clock()
         self._identifier = 0
         self._reader = None
         self._document = None  # what the reader has made
-        self._topic = None
         self._task = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
@@ -647,7 +645,6 @@ class _Link:
             client._tell_difference()
             failed = ConnectRefused("not enough memory to connect and to keep the twin")
         finally:
-            self._ended = True
             if self._stream is not None:
                 self._stream.s.close()
         if failed is not None:
@@ -680,7 +677,7 @@ class _Link:
         self._send(hello)
         hello = None
         receiver = Receiver(self)
-        while not self._ended:
+        while client._link is self:
             count = await stream.readinto(receiver.buffer)
             if count:
                 self._heard = client._clock()
@@ -705,15 +702,12 @@ class _Link:
 
     def end(self) -> None:
         """Let go of the connection; the client is not told."""
-        if not self._ended:
-            self._ended = True
-            if self._stream is not None:
-                try:
-                    self._stream.s.write(DISCONNECT)
-                except Exception:  # noqa: S110  # whatever it is: the connection is over
-                    pass
-            if asyncio.current_task() is not self._task:
-                self._task.cancel()
+        try:
+            self._stream.s.write(DISCONNECT)
+        except Exception:  # noqa: S110  # not connected yet, or lost: it is over all the same
+            pass
+        if asyncio.current_task() is not self._task:
+            self._task.cancel()
 
     def watch(self, now: int) -> None:
         """Say something before the hub thinks that nobody is there, and notice if the hub is not."""
@@ -746,33 +740,34 @@ class _Link:
 
     def _send(self, data: bytes) -> None:
         stream = self._stream
-        if stream is None or self._ended:
-            return
         self._sent = self._client._clock()
         if stream.out_buf:
             # Stream.drain() forgets what is written meanwhile.
             self._backlog += data
             if len(self._backlog) > _MAX_BACKLOG:
-                self._broken(OSError("it does not read"))
+                self._stalled()
         else:
             asyncio.create_task(self._drain(stream))
             stream.out_buf = data
 
     async def _drain(self, stream: object) -> None:
         try:
-            while stream.out_buf and not self._ended:
+            while stream.out_buf and self._client._link is self:
                 await stream.drain()
                 stream.out_buf = self._backlog
                 self._backlog = b""
         except Exception as error:
             self._broken(error)
 
+    def _stalled(self) -> None:
+        self._broken(OSError("it does not read"))
+
     def _broken(self, error: Exception) -> None:
         # Not at once: whoever sends is in the middle of performing outputs.
         asyncio.create_task(self._break(error))
 
     async def _break(self, error: Exception) -> None:
-        if not self._ended:
+        if self._client._link is self:
             failed = self._failure(error)
             self.end()
             self._client._lost(self, failed)
@@ -782,7 +777,7 @@ class _Link:
     def packet(self, kind: int, body: bytes) -> None:
         client = self._client
         twin = client._twin
-        if self._ended:
+        if client._link is not self:
             return
         now = client._clock()
         jitter = random.random()
@@ -799,7 +794,6 @@ class _Link:
     def _not_let_in(self, code: int) -> None:
         client = self._client
         outputs = client._twin.refused(code, client._clock(), random.random())
-        self._ended = True
         client._link = None
         client._perform(outputs)
 
@@ -836,8 +830,8 @@ class _Link:
     def ended(self) -> None:
         document = self._document
         self._reader = self._document = None
-        if not self._ended:
-            client = self._client
+        client = self._client
+        if client._link is self:
             client._perform(
                 client._twin.message_received(
                     self._topic, b"" if document is None else document, client._clock(), random.random()
