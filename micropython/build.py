@@ -333,7 +333,7 @@ class _Plain(ast.NodeTransformer):
         node.returns = None
         return self._body(node)
 
-    def visit_Assign(self, node: ast.Assign) -> ast.AST | list[ast.stmt]:
+    def _made(self, node: ast.Assign | ast.Return) -> ast.AST | list[ast.AST]:
         self.generic_visit(node)
         looped = _looped(node.value) if self._merged else None
         if looped is None:
@@ -341,13 +341,7 @@ class _Plain(ast.NodeTransformer):
         node.value = looped.pop()
         return [*looped, node]
 
-    def visit_Return(self, node: ast.Return) -> ast.AST | list[ast.stmt]:
-        self.generic_visit(node)
-        looped = _looped(node.value) if self._merged else None
-        if looped is None:
-            return node
-        node.value = looped.pop()
-        return [*looped, node]
+    visit_Assign = visit_Return = _made
 
     def visit_arg(self, node: ast.arg) -> ast.AST:
         node.annotation = None

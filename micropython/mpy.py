@@ -44,7 +44,6 @@ class Instruction:
 
 @dataclasses.dataclass
 class Function:
-    flags: int
     fixed: int  # locals that have their places: the arguments
     signature: bytes
     names: list[int]  # its own, and those of its arguments
@@ -114,8 +113,7 @@ def smaller(data: bytes) -> bytes:
         used.update(function.names)
         used.update(each.name for each in function.instructions if each.kind == _NAME)
     # The first is the file that it was made of.
-    order = [0, *sorted(range(1, count), key=lambda each: -used[each])]
-    order = [each for each in order if each == 0 or used[each]]
+    order = [0, *(name for name, _ in used.most_common() if name)]
     places = {old: new for new, old in enumerate(order)}
     body = _written(module, places.__getitem__)
     return b"".join(
@@ -162,7 +160,7 @@ def _function(reader: Reader) -> Function:
     instructions = _instructions(reader, end)
     children = [_function(reader) for _ in range(reader.number())] if kind & 4 else []
     fixed = arguments + bool(flags & _VARARGS) + bool(flags & _KEYWORDS)
-    return Function(flags, fixed, signature, names, lines, cells, instructions, children)
+    return Function(fixed, signature, names, lines, cells, instructions, children)
 
 
 def _signature(reader: Reader) -> tuple[int, int]:
