@@ -680,6 +680,7 @@ class Package:
         taken: dict[str, set[str]] = collections.defaultdict(set)  # by owner
         common = [name for name in self._common() if name not in owners]
         names = {}
+        makers = [self.maker + str(index) for index in range(len(RARE))]
         # What is in one module has names of its own there.
         for name, digit in digits.items():
             owners[name].add(digit)
@@ -688,7 +689,7 @@ class Package:
             for candidate in itertools.chain("abcd", () if name in digits else common, short_names(UPPER)):
                 if (
                     (candidate not in common and (candidate in others or candidate in owners))
-                    or candidate + digits.get(name, "") in self.located
+                    or candidate + digits.get(name, "") in {*self.located, *makers}
                     or any(candidate in taken[o] for o in (*owners[name], digits.get(name, "")) if o)
                 ):
                     continue
@@ -768,7 +769,9 @@ class Package:
             if place == "face":
                 # An import of everything asks for it.
                 body += ast.parse(f"__all__ = {tuple(sorted(self.exported))}").body
-            names = [_name(node) for node in body if _name(node)]
+            # A property's name is given twice.
+            twice = {f"{_name(one)} = ({_name(one)},)" for one in body}
+            names = [name for one in body if ast.unparse(one) not in twice for name in _defined(one)]
             mine = set(names)
             # A class that others are made of is looked for by nobody.
             for name in (one for one in names if not one.startswith("_") or one.endswith("_")):

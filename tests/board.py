@@ -64,6 +64,8 @@ class BoardClient:
             [micropython(), *interpreter, str(APP)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            # There it says that a task has ended with an error that nobody expected.
+            stderr=subprocess.STDOUT,
             text=True,
             env={**os.environ, "MICROPYPATH": f"{path}:.frozen", **(environment or {})},
         )

@@ -60,6 +60,9 @@ class HostileHub:
         # The connections that there are now are to be ended, by the hub.
         self.over = threading.Event()
         self._listener = socket.create_server(("127.0.0.1", 0))
+        if not reads:
+            # The system's own memory for what is not read would take long to fill.
+            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         self.port: int = self._listener.getsockname()[1]
         self._threads = [threading.Thread(target=self._accept)]
         self._threads[0].start()

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import functools
+import itertools
 import json
 import queue
 import socket
@@ -16,6 +17,7 @@ import trustme
 
 from tests.app import App
 from tests.board import BoardClient, der
+from tests.hostile import KEY, HostileHub, publish
 from tests.vm import ROOT, build, micropython, run, stage
 from tests.waiting import PATIENCE, wait_until
 from twin_device import ConnectRefused, LocalError, NotConnected, ReportRejected, ReportTimeout
@@ -499,6 +501,25 @@ def test_a_store_survives_a_power_cut(make: Make, hub: LocalHub, device: Device,
     client.connect()
     assert app.next_patch() == {"telemetryInterval": 15, "led": None}
     device.wait_for({"a": 1, "b": {"c": 2}}, PATIENCE)
+
+
+@pytest.mark.parametrize("made", [stage, build], ids=["sources", "built"])
+def test_a_hub_that_does_not_read_is_given_up(made: Callable[[Path], Path], tmp_path: Path) -> None:
+    flood = publish("t", b"", 1) * 2000
+    with HostileHub(lambda: itertools.repeat(flood), reads=False) as hub:
+        text = f"HostName=localhost:{hub.port};DeviceId=d;SharedAccessKey={KEY}"
+        client = BoardClient(text, made(tmp_path), tls=False, environment={"LITTLE_ROOM": "1"})
+        try:
+            client.connect()
+            wait_until(
+                lambda: "does not read" in str(client.statistics["last_error"]), "the answers are too many"
+            )
+            hub.attack = lambda: ()
+            client.report({"a": 1})
+            assert hub.reports == [{"a": 1}]
+        finally:
+            client.end()
+        assert client.other == []
 
 
 def test_flash_is_written_seldom_and_at_the_end(make: Make, device: Device, tmp_path: Path) -> None:

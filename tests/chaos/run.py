@@ -76,6 +76,8 @@ class Witness:
 
     def told(self, event: Document) -> None:
         """An event of the client, in the player's thread."""
+        if event["event"] == "said":
+            self.broken.append(f"program: it says {event['text']!r}")
         if event["event"] != "desired":
             return
         self.changes += 1

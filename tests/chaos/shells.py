@@ -83,10 +83,16 @@ class Boards:
 
     def _look(self) -> dict[str, Any]:
         names = ("state", "desired", "reported", "statistics")
-        return {
+        looks = {
             client: {name: board.ask("get", name=name) for name in names}
             for client, board in self._clients.items()
         }
+        for client, board in self._clients.items():
+            # A task that has ended with an error says so there, and nowhere else.
+            said, board.other = board.other, []
+            if said:
+                self._on_event({"event": "said", "client": client, "text": "".join(said)})
+        return looks
 
     def close(self) -> None:
         for board in self._clients.values():

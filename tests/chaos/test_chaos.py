@@ -127,6 +127,12 @@ def test_a_refusal_is_a_promise_broken_unless_the_hub_was_meant_to() -> None:
     assert other.broken == ['answers: {"r": 1} ended in ReportRejected: status 400']
 
 
+def test_what_a_program_says_of_a_task_that_has_ended_is_named() -> None:
+    witness = watched()
+    witness.told({"event": "said", "client": "a", "text": "Traceback"})
+    assert witness.broken == ["program: it says 'Traceback'"]
+
+
 def test_a_patch_that_does_not_lead_to_its_document_and_an_older_version_are_named() -> None:
     witness = watched()
     told(witness, {"e": 2}, {"e": 2}, 2)
