@@ -141,6 +141,8 @@ class _Link:
     def _shut(self) -> None:
         self._pause()
         if self._listener is not None:
+            # First: closed, its number may be another socket's before the task that waits for it has ended.
+            self._loop.remove_reader(self._listener)
             self._listener.close()
             self._listener = None
 
@@ -167,7 +169,8 @@ class _Link:
         try:
             await ready
         finally:
-            self._loop.remove_reader(listener)
+            if listener.fileno() >= 0:
+                self._loop.remove_reader(listener)
 
     def _forget(self, pipe: _Pipe) -> None:
         del self._pipes[pipe]
