@@ -333,7 +333,7 @@ class _Plain(ast.NodeTransformer):
         node.returns = None
         return self._body(node)
 
-    def _made(self, node: ast.Assign | ast.Return) -> ast.AST | list[ast.AST]:
+    def _without_comprehension(self, node: ast.Assign | ast.Return) -> ast.AST | list[ast.AST]:
         self.generic_visit(node)
         looped = _looped(node.value) if self._merged else None
         if looped is None:
@@ -341,7 +341,7 @@ class _Plain(ast.NodeTransformer):
         node.value = looped.pop()
         return [*looped, node]
 
-    visit_Assign = visit_Return = _made
+    visit_Assign = visit_Return = _without_comprehension
 
     def visit_arg(self, node: ast.arg) -> ast.AST:
         node.annotation = None
@@ -681,7 +681,7 @@ class Package:
         common = [name for name in self._common() if name not in owners]
         names = {}
         makers = [self.maker + str(index) for index in range(len(RARE))]
-        # What is in one module has names of its own there.
+        # What is rare in one place has names of its own there.
         for name, digit in digits.items():
             owners[name].add(digit)
         for name in sorted(renamed, key=lambda each: (-uses[each], each)):
@@ -690,13 +690,12 @@ class Package:
                 if (
                     (candidate not in common and (candidate in others or candidate in owners))
                     or candidate + digits.get(name, "") in {*self.located, *makers}
-                    or any(candidate in taken[o] for o in (*owners[name], digits.get(name, "")) if o)
+                    or any(candidate in taken[o] for o in owners[name])
                 ):
                     continue
                 break
             names[name] = candidate + digits.get(name, "")
-            # What is rare in one place has names of its own there.
-            for owner in (*owners[name], digits.get(name, "")):
+            for owner in owners[name]:
                 taken[owner].add(candidate)
         return names
 

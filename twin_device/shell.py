@@ -321,7 +321,7 @@ class Shell(ABC):
         gaps, reports (patches sent), coalesced (reports that needed none of their own), rejected, throttled,
         ignored (answers nobody waited for); and last_error (str or None)."""
         with self._lock:
-            return dict(self._twin.counts)
+            return self._twin.counts
 
     # ------------------------------------------------------------------ handlers
 

@@ -221,7 +221,7 @@ class TwinClient:
     @property
     def statistics(self) -> "dict[str, object]":
         """Counts since the client was made, and last_error; as on CPython."""
-        return dict(self._core().counts)
+        return self._core().counts
 
     # ------------------------------------------------------------------ handlers
 

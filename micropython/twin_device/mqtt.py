@@ -18,7 +18,7 @@ PINGREQ = b"\xc0\0"
 DISCONNECT = b"\xe0\0"
 
 _PUBLISH = const(3)
-# What a packet of the hub begins with: its type and flags, which but a PUBLISH has.
+# The first bytes of packets that a hub may send: the type, and flags, which only a PUBLISH has.
 _FIRST = b"\x20\x30\x31\x32\x33\x38\x39\x3a\x3b\x40\x90\xb0\xd0"
 _MAX_TOPIC = const(1024)  # bytes; a twin's topic has less than 200
 _MAX_PAYLOAD = const(262144)  # bytes; no message of the hub is larger
