@@ -124,7 +124,8 @@ def visit(browser: Browser, tab: Page, hub: LocalHub) -> Iterator[Callable[..., 
     if tab.url != "about:blank":
         for event, listener in listeners.items():
             tab.remove_listener(event, listener)
-        tab.unroute_all()
+        # A late request may be with its handler still: the test that wanted it has ended.
+        tab.unroute_all(behavior="ignoreErrors")
         # A later hub may have this port.
         tab.evaluate("sessionStorage.clear()")
         tab.set_viewport_size(DESKTOP)
